@@ -1,0 +1,14 @@
+"""Everything the broker keeps on disk.
+
+    errors      the root of the project's errors, and those of this package
+    values      Python values to CBOR and back, by an allow-list
+    database    opening SQLite the one way it is opened here
+    migrations  the schemas, append-only
+    directory   the data directory: lock, token, number of shards
+    registry    connections, their tags and state (the gateway's)
+    shards      what rooms put, get and list (the hosts')
+    writer      the long-lived thread that commits
+
+Knows nothing of sockets, rooms' code or trio: bytes and rows in, bytes and rows out. `hibernation` and
+`broker` import this package; it imports neither.
+"""
