@@ -1,0 +1,169 @@
+"""The errors that people who write rooms, or run them, can meet.
+
+Owns their classes and their texts: an error carries its facts as fields, and the text is made from them.
+Must not import anything but the root. What lies on disk has its errors in `storage.errors`; what a client did
+wrong is no exception for anybody, but a status or a close code.
+
+    BrokerError
+    ├── AppError                 the app cannot be served as it is
+    │   └── HookError            one hook of one class is wrong
+    ├── SettingError             one value, flag, variable or class attribute is wrong
+    ├── LimitExceeded            a value given to the broker is larger than a setting allows
+    ├── ConnectionClosedError    a send after the turn's own close
+    ├── RoomGone                 a room was used after it had left memory
+    └── TurnTimeout              a hook took longer than it may
+    Refuse                       no error: the answer of a before-hook
+"""
+
+from storage.errors import BrokerError
+
+__all__ = [
+    "AppError",
+    "BrokerError",
+    "ConnectionClosedError",
+    "HookError",
+    "LimitExceeded",
+    "Refuse",
+    "RoomGone",
+    "SettingError",
+    "TurnTimeout",
+]
+
+
+class AppError(BrokerError):
+    """The app cannot be served as it is. The text says why, and what to do.
+
+    `details` holds further lines for the developer's terminal, or "": the traceback of the app's own frames
+    when importing it failed. It may show code, so it never leaves the machine.
+    """
+
+    def __init__(self, text: str, *, details: str = "") -> None:
+        super().__init__(text)
+        self.details = details
+
+
+class HookError(AppError):
+    """A hook of a `Server` subclass is misspelt, or cannot be called as hooks are called.
+
+    Raised where the class is made, so importing the app shows it.
+
+    `owner` is the class that defines the hook, `hook` the attribute, `location` "path:line" ("" when
+    unknown), `problem` what is wrong, `found` the line that was found (or ""), and `remedy` what to write in
+    its place.
+    """
+
+    def __init__(
+        self, owner: str, hook: str, problem: str, *, location: str = "", found: str = "", remedy: str = ""
+    ) -> None:
+        lines = [f"{owner}.{hook}{f' ({location})' if location else ''}: {problem}."]
+        if found:
+            lines.append(f"  found: {found}")
+        if remedy:
+            lines.append(f"  write: {remedy}")
+        super().__init__("\n".join(lines))
+        self.owner = owner
+        self.hook = hook
+        self.problem = problem
+        self.location = location
+        self.found = found
+        self.remedy = remedy
+
+
+class SettingError(BrokerError):
+    """A setting does not exist, or its value is not one that it can have.
+
+    `source` says where it was set ("--idle-seconds", "BROKER_IDLE_SECONDS", "Chat.idle_seconds (chat.py:9)"),
+    `given` the value, or None when the setting itself is at fault, and `allowed` what to give instead.
+    """
+
+    def __init__(self, source: str, allowed: str, *, given: object = None) -> None:
+        super().__init__(f"{source}: {allowed}" + ("" if given is None else f", not {_shown(given)}"))
+        self.source = source
+        self.allowed = allowed
+        self.given = given
+
+
+class LimitExceeded(BrokerError):
+    """Something given to the broker is larger than a limit allows; nothing has changed.
+
+    `what` names it ("connection state"), `given` and `limit` are counted in `unit` ("bytes", "tags", …),
+    `remedy` says what to do, usually which setting raises the limit.
+    """
+
+    def __init__(self, what: str, given: int, limit: int, unit: str = "bytes", *, remedy: str = "") -> None:
+        text = f"{what}: {given:,} {unit}, and at most {limit:,} are allowed"
+        super().__init__(f"{text}; {remedy}" if remedy else text)
+        self.what = what
+        self.given = given
+        self.limit = limit
+        self.unit = unit
+        self.remedy = remedy
+
+
+class ConnectionClosedError(BrokerError):
+    """`send` on a connection that this same turn has closed (S18).
+
+    A connection that its client has left raises nothing: what is sent to it is dropped and counted.
+    `connection` is its id.
+    """
+
+    def __init__(self, connection: str) -> None:
+        super().__init__(f"connection {connection!r} was closed earlier in this turn: send before you close")
+        self.connection = connection
+
+
+class RoomGone(BrokerError):
+    """A room, or a connection of it, was used after its object had left memory (S8).
+
+    Something outlived the turns of the room: a task of one's own, a global, a timer of another library.
+    `room` is "party/id".
+    """
+
+    def __init__(self, room: str) -> None:
+        super().__init__(
+            f"room {room!r} is hibernating, and this is an object of its former life: "
+            "keep no `self`, `room` or `connection` beyond the turn that was given it"
+        )
+        self.room = room
+
+
+class TurnTimeout(BrokerError):
+    """A hook took longer than its setting allows and was cancelled; what its turn had staged is discarded
+    (S3, S20).
+
+    `hook` is its name, `seconds` the time it had, `setting` the setting that allows more.
+    """
+
+    def __init__(self, hook: str, seconds: float, setting: str = "turn_timeout") -> None:
+        super().__init__(f"{hook} took longer than {seconds:g} s and was cancelled; `{setting}` allows more")
+        self.hook = hook
+        self.seconds = seconds
+        self.setting = setting
+
+
+class Refuse(Exception):
+    """Raise it in `on_before_connect` or `on_before_request` to turn a client away (S9).
+
+        raise Refuse(403, "members only")
+
+    `status` is an HTTP status from 300 to 599, `text` the body of the answer, as plain text. The client sees
+    both. Return a `Response` instead to set headers or another kind of body.
+
+    Raises ValueError for any other status: an answer below 300 would not be a refusal.
+    """
+
+    def __init__(self, status: int, text: str = "") -> None:
+        if type(status) is not int or not 300 <= status <= 599:
+            raise ValueError(f"Refuse takes an HTTP status from 300 to 599, not {status!r}")
+        super().__init__(status, text)
+        self.status = status
+        self.text = text
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.text}".rstrip()
+
+
+def _shown(value: object) -> str:
+    """The value as it was written, cut to what fits on a line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
