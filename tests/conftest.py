@@ -2,8 +2,11 @@
 
 import os
 
-import pytest
 from hypothesis import HealthCheck, settings
+
+# Whoever runs the tests may have BROKER_* variables set; neither the tests nor what they start must see them.
+for name in [name for name in os.environ if name.startswith("BROKER_")]:
+    del os.environ[name]
 
 # Deterministic, no time limit per example: a slow machine must not turn a property into a coin toss.
 settings.register_profile(
@@ -14,11 +17,3 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("project")
-
-
-@pytest.fixture(autouse=True)
-def no_settings_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever runs the tests may have BROKER_* variables set; the tests must not see them."""
-    for name in list(os.environ):
-        if name.startswith("BROKER_"):
-            monkeypatch.delenv(name)
