@@ -1,0 +1,143 @@
+"""What the supervisor tells its children, and what they tell it.
+
+Owns the two records that a gateway and a host are started with, their form on the child's standard input
+(one line of JSON: never the command line, which every user of the machine can read), and the lines that a
+child writes back on its status pipe. It starts no process and reads no setting: its peers are
+`hibernation.supervisor` on one side, `broker.gateway.__main__` and `broker.host` on the other.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from hibernation.settings import Settings
+
+__all__ = ["GO_LINE", "GatewayConfig", "HostConfig", "encode_report", "report"]
+
+GO_LINE = b"go\n"
+"""What a loaded host waits for on its standard input, after its configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """What one gateway is started with."""
+
+    data: Path
+    """The data directory, absolute. The gateway's Unix socket is `gateway.sock` in it."""
+    listener_fd: int
+    """The listening TCP socket, bound by the supervisor; a restarted gateway gets the same one."""
+    status_fd: int
+    """The writing end of the pipe for `report`."""
+    settings: Settings
+    dev: bool
+    """Tracebacks to clients, loopback origins, admin pages without a token to loopback peers."""
+    address: tuple[str, int]
+    """Where the listener is bound."""
+    hosts: int
+    """How many hosts the instance runs."""
+    shard_count: int
+    """How many shards the data directory was made with."""
+
+    def to_json(self) -> str:
+        """Give the record as one line of JSON, without the line's end."""
+        return json.dumps(
+            {
+                "data": os.fspath(self.data),
+                "listener_fd": self.listener_fd,
+                "status_fd": self.status_fd,
+                "settings": self.settings.to_json(),
+                "dev": self.dev,
+                "address": list(self.address),
+                "hosts": self.hosts,
+                "shard_count": self.shard_count,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        host, port = fields["address"]
+        return cls(
+            data=Path(fields["data"]),
+            listener_fd=fields["listener_fd"],
+            status_fd=fields["status_fd"],
+            settings=Settings.from_json(fields["settings"]),
+            dev=fields["dev"],
+            address=(host, port),
+            hosts=fields["hosts"],
+            shard_count=fields["shard_count"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HostConfig:
+    """What one host is started with."""
+
+    data: Path
+    """The data directory, absolute."""
+    index: int
+    """0 up to the number of hosts: keeps its meaning when the host is started again."""
+    shards: tuple[int, ...]
+    """The shards that this host, and no other, opens."""
+    shard_count: int
+    app: str
+    """`module`, `module:Class` or the path of a file, as the user wrote it."""
+    status_fd: int
+    """The writing end of the pipe for `report`."""
+    settings: Settings
+    dev: bool
+    variables: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """`--var NAME=VALUE`, for `room.env`: may be secrets, so they show in no repr."""
+
+    def to_json(self) -> str:
+        """Give the record as one line of JSON, without the line's end."""
+        return json.dumps(
+            {
+                "data": os.fspath(self.data),
+                "index": self.index,
+                "shards": list(self.shards),
+                "shard_count": self.shard_count,
+                "app": self.app,
+                "status_fd": self.status_fd,
+                "settings": self.settings.to_json(),
+                "dev": self.dev,
+                "variables": dict(self.variables),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """Read what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        return cls(
+            data=Path(fields["data"]),
+            index=fields["index"],
+            shards=tuple(fields["shards"]),
+            shard_count=fields["shard_count"],
+            app=fields["app"],
+            status_fd=fields["status_fd"],
+            settings=Settings.from_json(fields["settings"]),
+            dev=fields["dev"],
+            variables=fields["variables"],
+        )
+
+
+def encode_report(event: str, **details: object) -> bytes:
+    """Give one status line: a JSON object with `event` and the details, ended by a newline."""
+    return json.dumps({"event": event, **details}).encode() + b"\n"
+
+
+def report(status_fd: int, event: str, **details: object) -> None:
+    """Write one status line to the supervisor: `ready`, `loaded` (with `parties`) or `error` (with `text`).
+
+    A supervisor that has died is no reason to stop serving (S34), so a broken pipe is ignored. The line is
+    written with one call, and the pipe is empty but for it, so the call does not block.
+    """
+    try:
+        os.write(status_fd, encode_report(event, **details))
+    except OSError:
+        return
