@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from ipaddress import ip_network
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from hibernation.errors import SettingError
 
-__all__ = ["ROOM_SETTINGS", "SETTINGS", "VARIABLE_PREFIX", "Scope", "Setting", "Settings"]
+__all__ = ["ROOM_SETTINGS", "SETTINGS", "VARIABLE_PREFIX", "RoomSettings", "Scope", "Setting", "Settings"]
 
 VARIABLE_PREFIX = "BROKER_"
 
@@ -235,7 +235,7 @@ def _choice(default: str, choices: tuple[str, ...], doc: str, **facts: Any) -> A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The settings of an instance, or, from `Party.settings`, those that hold for the rooms of one party.
+    """The settings of an instance.
 
     Read as plain attributes; a slot costs what a slot costs. Made by `from_sources`, or by keywords in tests.
 
@@ -394,15 +394,11 @@ class Settings:
     spill_bytes_max: int = _bytes(
         GIB, 32 * MIB, 1024 * GIB, "Bytes of the spill file of one gateway.", rules=("S24",)
     )
-    request_inbox_bytes_max: int = _bytes(
-        MIB,
-        KIB,
-        32 * MIB,
-        "Bytes of a request's body above which it waits in a file, not in memory.",
-        rules=("S26",),
-    )
     request_bytes_max: int = _bytes(
-        32 * MIB, 0, GIB, "Bytes of a request's body; a larger one is answered with 413.", rules=("S26",)
+        MIB, 0, 32 * MIB, "Bytes of a request's body; a larger one is answered with 413.", rules=("S26",)
+    )
+    request_timeout_seconds: float = _seconds(
+        60.0, 0.05, 3600.0, "How long a client has for the body of a request.", rules=("S26",)
     )
 
     # What goes out
@@ -437,6 +433,9 @@ class Settings:
 
     handshake_timeout_seconds: float = _seconds(
         10.0, 0.05, 300.0, "How long a client has for its request head.", rules=("S37",)
+    )
+    http_idle_seconds: float = _seconds(
+        75.0, 0.05, 3600.0, "How long a connection may wait for its next request.", rules=("S37",)
     )
     head_bytes_max: int = _bytes(16 * KIB, KIB, 64 * KIB, "Bytes of a request head.", rules=("S37",))
     connections_max: int | None = _count(
@@ -547,7 +546,16 @@ class Settings:
         """
         return cls().override(values)
 
-    table: ClassVar[tuple[Setting, ...]]
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoomSettings(Settings):
+    """The settings that hold for the rooms of one party: what stands on the class over those of the instance.
+
+    Made by `Party.settings`. Unlike in `Settings`, `idle_seconds` is always a number here.
+    """
+
+    hibernate: bool = True
+    idle_seconds: float = 0.0
 
 
 def _unknown(shown: str, name: str, known: list[str], *, as_option: bool = False) -> SettingError:
@@ -567,8 +575,6 @@ ROOM_SETTINGS: tuple[Setting, ...] = tuple(setting for setting in SETTINGS if se
 """Those that may also stand on a `Server` subclass."""
 
 _BY_NAME = {setting.name: setting for setting in SETTINGS}
-
-Settings.table = SETTINGS
 
 # A message that waits in the kernel must fit into its buffer; one outbox must fit into all of them.
 _NOT_LARGER_THAN = (

@@ -1,0 +1,72 @@
+"""What users import, the gateway and the command line.
+
+    server.py     Server, the class that users subclass
+    app.py        loading the user's app, room.env
+    host.py       the process that runs room code
+    gateway/      the process that owns sockets
+    cli/          the command line
+    demo/         the app of `broker demo`
+
+The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,
+from here to there. `Request` and `Response` are Quart's, and are imported when they are first asked for:
+Quart takes 35 MB, and many apps use it in annotations alone.
+"""
+
+from typing import TYPE_CHECKING
+
+from broker.server import Server
+from hibernation.errors import (
+    AppError,
+    BrokerError,
+    ConnectionClosedError,
+    HookError,
+    LimitExceeded,
+    Refuse,
+    RoomGone,
+    SettingError,
+    TurnTimeout,
+)
+from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
+
+if TYPE_CHECKING:
+    from hibernation.requests import Request, Response
+
+__all__ = [
+    # what rooms are made of
+    "Server",
+    "Room",
+    "Connection",
+    "ConnectionContext",
+    "Lobby",
+    "Storage",
+    "Request",
+    "Response",
+    "Refuse",
+    # errors
+    "BrokerError",
+    "AppError",
+    "HookError",
+    "SettingError",
+    "LimitExceeded",
+    "ConnectionClosedError",
+    "RoomGone",
+    "TurnTimeout",
+    "DataDirectoryError",
+    "SchemaTooNew",
+    "StorageLimitError",
+    "ValueEncodingError",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in ("Request", "Response"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from hibernation import requests
+
+    globals().update(Request=requests.Request, Response=requests.Response)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

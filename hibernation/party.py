@@ -1,0 +1,269 @@
+"""Parties: what a `Server` subclass declares, checked and turned into plain facts.
+
+Owns the settings that stand on a class, the names of parties, and `Party`, the record that a host runs by and
+describes to its gateways. Must not construct a room object, call a hook, or import the user's code: classes
+are passed in. Its peers are `broker.server`, which checks each class as it is made, and `broker.app`, which
+loads them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Final, Literal
+
+from hibernation.errors import AppError, HookError, SettingError
+from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
+from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings
+
+__all__ = ["HOOKS", "MAIN", "HookSpec", "Party", "check_class", "kebab", "make_parties"]
+
+MAIN: Final = "main"
+"""The party of `/party/ID`: the only one, or the one called Main."""
+
+_ROOM_NAMES: Final = {setting.name: setting for setting in ROOM_SETTINGS}
+_INSTANCE_NAMES: Final = {setting.name: setting for setting in SETTINGS if setting.scope == "instance"}
+_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors")
+_PLAIN: Final = (bool, int, float, str, bytes, tuple, list, set, frozenset, dict)
+
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_HEADER_VALUE: Final = re.compile(r"[\t\x20-\x7e]*")
+
+_CORS_HEADERS: Final = (
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS"),
+    ("Access-Control-Allow-Headers", "*"),
+    ("Access-Control-Max-Age", "86400"),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Party:
+    """A kind of room: one `Server` subclass under its kebab-case name.
+
+    `aliases` is ("main",) where `/party/ID` leads here under another name. `hooks` are the names of the hooks
+    that it defines, `specs` how each is called; `has_on_start` and `on_message_parameters` repeat what every
+    wake and every message asks of them. `cors` are the headers for its answers, or None. `overrides` are the
+    settings that stand on the class.
+    """
+
+    name: str
+    cls: type[Any]
+    aliases: tuple[str, ...] = ()
+    specs: Mapping[str, HookSpec] = field(default_factory=dict)
+    hooks: frozenset[str] = frozenset()
+    has_on_start: bool = False
+    on_message_parameters: int = 0
+    hibernate: bool = True
+    concurrency: Literal["serial"] = "serial"
+    subprotocols: tuple[str, ...] = ()
+    cors: tuple[tuple[str, str], ...] | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_class(cls, server: type[Any], *, aliases: tuple[str, ...] = ()) -> "Party":
+        """Reads a `Server` subclass.
+
+        Raises HookError and SettingError, which name the class, the attribute, the line and the remedy, and
+        AppError for a class name that leaves no party name.
+        """
+        specs = check_class(server)
+        name = kebab(server.__name__)
+        if not name:
+            raise AppError(f"class {server.__name__}{where(server)} leaves no party name: use letters in it")
+        return cls(
+            name=name,
+            cls=server,
+            aliases=aliases,
+            specs=specs,
+            hooks=frozenset(specs),
+            has_on_start="on_start" in specs,
+            on_message_parameters=specs["on_message"].parameters if "on_message" in specs else 0,
+            hibernate=_hibernate(server),
+            concurrency=_concurrency(server),
+            subprotocols=_subprotocols(server),
+            cors=_cors(server),
+            overrides=_overrides(server),
+        )
+
+    def settings(self, base: Settings) -> RoomSettings:
+        """The settings of this party's rooms: those on the class over those of the instance.
+
+        Raises SettingError where a value on the class contradicts one of the instance.
+        """
+        values: dict[str, Any] = {setting.name: getattr(base, setting.name) for setting in SETTINGS}
+        values |= self.overrides
+        if values["idle_seconds"] is None:
+            values["idle_seconds"] = 0.0 if self.hibernate else 10.0  # S6
+        try:
+            return RoomSettings(hibernate=self.hibernate, **values)
+        except SettingError as error:
+            source = f"{self.cls.__name__}{where(self.cls)}: {error.source}"
+            raise SettingError(source, error.allowed, given=error.given) from None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What its author should hear when the app is loaded, one sentence each."""
+        return tuple(
+            f"{self.cls.__name__}.{name} is never called: this version of the broker does not do that yet"
+            for name, hook in HOOKS.items()
+            if name in self.hooks and not hook.available
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a gateway must know of the party, as plain values for the link."""
+        return {
+            "name": self.name,
+            "aliases": list(self.aliases),
+            "hooks": sorted(self.hooks),
+            "hibernate": self.hibernate,
+            "subprotocols": list(self.subprotocols),
+            "cors": None if self.cors is None else [list(header) for header in self.cors],
+            "settings": {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in self.overrides.items()
+            },
+        }
+
+
+def make_parties(classes: Sequence[type[Any]]) -> list[Party]:
+    """The parties of an app, in the order of its classes. The only one, or the one called Main, is `main`.
+
+    Raises AppError for two classes with one party name, HookError for a hook that only the main party may
+    have, and what `Party.from_class` raises.
+    """
+    mains = [server for server in classes if len(classes) == 1 or kebab(server.__name__) == MAIN]
+    parties: dict[str, Party] = {}
+    for server in classes:
+        aliases = (MAIN,) if server in mains and kebab(server.__name__) != MAIN else ()
+        party = Party.from_class(server, aliases=aliases)
+        if party.name in parties:
+            other = parties[party.name].cls
+            raise AppError(
+                f"{other.__name__}{where(other)} and {server.__name__}{where(server)}"
+                f' would both be the party "{party.name}": rename one of them'
+            )
+        for name in sorted(party.hooks):
+            owner, value = find(server, name)
+            # A base that the main party shares may define it for that one.
+            if HOOKS[name].main_only and not any(issubclass(main, owner) for main in mains):
+                raise HookError(
+                    owner.__qualname__,
+                    name,
+                    f'it is called on the main party only, and this is the party "{party.name}" of several',
+                    location=location(owner, name, value),
+                    remedy="class Main(Server): ...   (and move the hook there)",
+                )
+        parties[party.name] = party
+    return list(parties.values())
+
+
+def kebab(name: str) -> str:
+    """The party name of a class: ChatRoom is chat-room, HTTPServer is http-server."""
+    name = re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1-\2", name)
+    name = re.sub(r"([a-z0-9])([A-Z])", r"\1-\2", name)
+    return re.sub(r"[-_]+", "-", name).strip("-").lower()
+
+
+def check_class(server: type[Any]) -> dict[str, HookSpec]:
+    """Checks a `Server` subclass: its hooks and its settings.
+
+    Returns how each of its hooks is called. Raises HookError and SettingError.
+    """
+    specs = check_hooks(server)
+    _check_names(server)
+    _hibernate(server)
+    _concurrency(server)
+    _subprotocols(server)
+    _cors(server)
+    _overrides(server)
+    return specs
+
+
+def _check_names(server: type[Any]) -> None:
+    """Refuses names that look like settings and are none, and settings that a class cannot have."""
+    for owner in owners(server):
+        for name, value in vars(owner).items():
+            if not name.startswith("_") and isinstance(value, _PLAIN):
+                _check_name(owner, name, value)
+
+
+def _check_name(owner: type[Any], name: str, value: object) -> None:
+    if name in _INSTANCE_NAMES:
+        option = _INSTANCE_NAMES[name].option
+        raise SettingError(
+            _source(owner, name, value),
+            f"this setting is the whole broker's: give {option} on the command line",
+        )
+    if name in _CLASS_NAMES:
+        return
+    near = get_close_matches(name, _CLASS_NAMES, n=1, cutoff=0.88)
+    stem = re.sub(r"_(s|seconds|bytes|max)$", "", name)
+    if stem in _CLASS_NAMES:
+        near = [stem]
+    if near:
+        raise SettingError(
+            _source(owner, name, value),
+            f"there is no such setting; the nearest is {near[0]} (begin the name with _ if it is your own)",
+        )
+
+
+def _hibernate(server: type[Any]) -> bool:
+    owner, value = find(server, "hibernate")
+    if isinstance(value, bool):
+        return value
+    raise SettingError(_source(owner, "hibernate", value), "give True or False", given=value)
+
+
+def _concurrency(server: type[Any]) -> Literal["serial"]:
+    owner, value = find(server, "concurrency")
+    if value == "serial":
+        return "serial"
+    raise SettingError(
+        _source(owner, "concurrency", value), 'give "serial", the only one available', given=value
+    )
+
+
+def _subprotocols(server: type[Any]) -> tuple[str, ...]:
+    owner, value = find(server, "subprotocols")
+    if isinstance(value, tuple | list) and all(isinstance(v, str) and _TOKEN.fullmatch(v) for v in value):
+        return tuple(dict.fromkeys(value))
+    raise SettingError(
+        _source(owner, "subprotocols", value),
+        'give a tuple or list of names without spaces and commas, such as ("chat.v2", "chat.v1")',
+        given=value,
+    )
+
+
+def _cors(server: type[Any]) -> tuple[tuple[str, str], ...] | None:
+    owner, value = find(server, "cors")
+    if isinstance(value, bool):
+        return _CORS_HEADERS if value else None
+    if isinstance(value, Mapping) and all(_is_header(name, text) for name, text in value.items()):
+        return tuple(value.items())
+    raise SettingError(
+        _source(owner, "cors", value),
+        'give True, False, or headers such as {"Access-Control-Allow-Origin": "https://example.com"}',
+        given=value,
+    )
+
+
+def _overrides(server: type[Any]) -> dict[str, Any]:
+    """The settings on the class and its bases, each in its stored form."""
+    overrides = {}
+    for name, setting in _ROOM_NAMES.items():
+        owner, value = find(server, name)
+        if owner is not object:
+            overrides[name] = setting.check(value, _source(owner, name, value))
+    return overrides
+
+
+def _is_header(name: object, text: object) -> bool:
+    """A header that cannot end its line early (RFC 9110, 5.5)."""
+    if not isinstance(name, str) or not isinstance(text, str):
+        return False
+    return _TOKEN.fullmatch(name) is not None and _HEADER_VALUE.fullmatch(text) is not None
+
+
+def _source(owner: type[Any], name: str, value: object) -> str:
+    return f"{owner.__qualname__}.{name}{where(owner, name, value)}"
