@@ -1,0 +1,1 @@
+"""The process that owns sockets; it runs no user code, ever."""
