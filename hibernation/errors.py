@@ -59,7 +59,7 @@ class HookError(AppError):
         if found:
             lines.append(f"  found: {found}")
         if remedy:
-            lines.append(f"  write: {remedy}")
+            lines.append("  write: " + remedy.replace("\n", "\n         "))
         super().__init__("\n".join(lines))
         self.owner = owner
         self.hook = hook

@@ -41,10 +41,10 @@ class Hook:
     available: bool = True
 
     def line(self, *, is_async: bool = True) -> str:
-        """The hook as it is written in a class."""
+        """The hook as it is written in a class; a static one takes two lines."""
         names = self.parameters if self.static else ("self", *self.parameters)
-        word = "async def" if is_async else "def"
-        return f"{'@staticmethod ' if self.static else ''}{word} {self.name}({', '.join(names)}): ..."
+        line = f"{'async def' if is_async else 'def'} {self.name}({', '.join(names)}): ..."
+        return f"@staticmethod\n{line}" if self.static else line
 
 
 _ROOM_HOOKS = (
@@ -156,13 +156,11 @@ def _check_method_name(owner: type[Any], name: str, value: object) -> None:
     if nearest is None:
         nearest = next(iter(get_close_matches(snake, HOOKS, n=1, cutoff=0.6)), None)
     problem = "there is no such hook, and names that begin with on_ are kept for hooks"
-    remedy = f"another name, such as handle_{snake.removeprefix('on_')}"
+    remedy = f"a name of another kind, such as handle_{snake.removeprefix('on_')}"
     if nearest is not None:
         problem = f"there is no such hook; the nearest is {nearest}"
-        remedy = f"{HOOKS[nearest].line()}   (or, for a method of your own, a name without on_)"
-    raise HookError(
-        owner.__qualname__, name, problem, location=location(owner, name, value), remedy=remedy
-    )  # fmt: skip
+        remedy = f"{HOOKS[nearest].line()}   (a method of your own needs a name of another kind)"
+    raise HookError(owner.__qualname__, name, problem, location=location(owner, name, value), remedy=remedy)
 
 
 def _check_init(server: type[Any]) -> None:
@@ -194,18 +192,16 @@ def _check_hook(hook: Hook, owner: type[Any], value: Any) -> HookSpec:
     """One hook as it stands in the class: what it is, then what it takes."""
     is_static = isinstance(value, staticmethod)
     function = value.__func__ if isinstance(value, staticmethod | classmethod) else value
-    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(inspect.unwrap(function))
-    parameters = 0
+    is_async = _is_async(function) or _is_async(inspect.unwrap(function))
 
     def fail(problem: str) -> HookError:
-        plain = callable(function) and not is_async
         return HookError(
             owner.__qualname__,
             hook.name,
             problem,
             location=location(owner, hook.name, value),
             found=_found(hook.name, value),
-            remedy=hook.line(is_async=not plain),
+            remedy=hook.line(is_async=is_async or not callable(function)),
         )
 
     if not callable(function) or not hasattr(type(function), "__get__"):
@@ -217,11 +213,11 @@ def _check_hook(hook: Hook, owner: type[Any], value: Any) -> HookSpec:
     if not hook.static and isinstance(value, staticmethod | classmethod):
         raise fail("it belongs to one room, so it is a method with self")
     try:
-        signature = inspect.signature(function)
+        found = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # compiled code may keep its signature to itself
         parameters = len(hook.parameters)
     else:
-        parameters = _count_parameters(hook, list(signature.parameters.values()), fail)
+        parameters = _count_parameters(hook, found, fail)
     return HookSpec(hook.name, parameters, is_async, hook.static)
 
 
@@ -252,6 +248,10 @@ def _count_parameters(hook: Hook, found: list[inspect.Parameter], fail: Callable
     if required > given:
         raise fail(f"it wants {_counted(required)}, and is given {_counted(given, hook.parameters)}")
     return given if takes_any else min(len(positional), given)
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function)
 
 
 def _meant(name: str, hook: Hook) -> str | None:
@@ -290,7 +290,7 @@ def _found(name: str, value: Any) -> str:
     function = getattr(value, "__func__", value)
     if not inspect.isfunction(function):
         return f"{name} = {function!r}"
-    word = "async def" if inspect.iscoroutinefunction(function) else "def"
+    word = "async def" if _is_async(function) else "def"
     return f"{prefix}{word} {name}{inspect.signature(function)}"
 
 

@@ -9,12 +9,11 @@ loads them.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Final, Literal
 
 from hibernation.errors import AppError, HookError, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
-from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings
+from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
 
 __all__ = ["HOOKS", "MAIN", "HookSpec", "Party", "check_class", "kebab", "make_parties"]
 
@@ -197,14 +196,11 @@ def _check_name(owner: type[Any], name: str, value: object) -> None:
         )
     if name in _CLASS_NAMES:
         return
-    near = get_close_matches(name, _CLASS_NAMES, n=1, cutoff=0.88)
-    stem = re.sub(r"_(s|seconds|bytes|max)$", "", name)
-    if stem in _CLASS_NAMES:
-        near = [stem]
-    if near:
+    near = nearest(name, _CLASS_NAMES, 0.88)
+    if near is not None:
         raise SettingError(
             _source(owner, name, value),
-            f"there is no such setting; the nearest is {near[0]} (begin the name with _ if it is your own)",
+            f"there is no such setting; the nearest is {near} (begin the name with _ if it is your own)",
         )
 
 

@@ -10,6 +10,7 @@ A `Settings` that exists is valid: its constructor checks each value and the few
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -19,7 +20,16 @@ from urllib.parse import urlsplit
 
 from hibernation.errors import SettingError
 
-__all__ = ["ROOM_SETTINGS", "SETTINGS", "VARIABLE_PREFIX", "RoomSettings", "Scope", "Setting", "Settings"]
+__all__ = [
+    "ROOM_SETTINGS",
+    "SETTINGS",
+    "VARIABLE_PREFIX",
+    "RoomSettings",
+    "Scope",
+    "Setting",
+    "Settings",
+    "nearest",
+]
 
 VARIABLE_PREFIX = "BROKER_"
 
@@ -105,7 +115,7 @@ class Setting:
             for size, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
                 if value >= size and value % size == 0:
                     return f"{int(value) // size} {name}"
-            return f"{int(value)} bytes"
+            return f"{int(value)} byte{'' if value == 1 else 's'}"
         return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
     def parse(self, text: str, source: str) -> Any:
@@ -504,23 +514,25 @@ class Settings:
         Raises SettingError for an unknown name (and says which one is near) and for a value that is not
         allowed.
         """
-        others = frozenset(other_variables)
+        others = {name.removeprefix(VARIABLE_PREFIX).lower(): name for name in other_variables}
+        variables = {setting.name: setting.variable for setting in SETTINGS}
+        options = {setting.name: setting.option for setting in SETTINGS}
         values: dict[str, Any] = {}
         for variable, text in environ.items():
-            if not variable.startswith(VARIABLE_PREFIX) or variable in others or not text.strip():
+            if not variable.startswith(VARIABLE_PREFIX) or variable in others.values() or not text.strip():
                 continue
-            setting = _BY_NAME.get(variable.removeprefix(VARIABLE_PREFIX).lower())
-            if setting is None or setting.variable != variable:
-                known = [*(s.variable for s in SETTINGS), *others]
-                raise _unknown(variable, variable.upper(), known)
-            values[setting.name] = setting.parse(text, variable)
+            name = variable.removeprefix(VARIABLE_PREFIX).lower()
+            if variables.get(name) != variable:
+                raise _unknown(variable, name, variables | others)
+            values[name] = _BY_NAME[name].parse(text, variable)
         for name, value in flags.items():
-            setting = _BY_NAME.get(name)
-            if setting is None:
-                raise _unknown("--" + name.replace("_", "-"), name, list(_BY_NAME), as_option=True)
+            if name not in options:
+                raise _unknown("--" + name.replace("_", "-"), name, options)
             if value is not None:
-                parsed = setting.parse(value, setting.option) if isinstance(value, str) else None
-                values[name] = setting.check(value, setting.option) if parsed is None else parsed
+                setting, option = _BY_NAME[name], options[name]
+                values[name] = (
+                    setting.parse(value, option) if isinstance(value, str) else setting.check(value, option)
+                )
         return cls(**values)
 
     def override(self, values: Mapping[str, object]) -> "Settings":
@@ -530,7 +542,7 @@ class Settings:
         """
         for name in values:
             if name not in _BY_NAME:
-                raise _unknown(name, name, list(_BY_NAME))
+                raise _unknown(name, name, {known: known for known in _BY_NAME})
         changes: dict[str, Any] = dict(values)
         return replace(self, **changes) if changes else self
 
@@ -558,12 +570,19 @@ class RoomSettings(Settings):
     idle_seconds: float = 0.0
 
 
-def _unknown(shown: str, name: str, known: list[str], *, as_option: bool = False) -> SettingError:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    if not near:
-        return SettingError(shown, "there is no such setting")
-    nearest = "--" + near[0].replace("_", "-") if as_option else near[0]
-    return SettingError(shown, f"there is no such setting; the nearest is {nearest}")
+def nearest(name: str, known: Iterable[str], cutoff: float) -> str | None:
+    """The known name that somebody meant: the same one with its unit behind it, or one spelt nearly so."""
+    known = list(known)
+    stem = re.sub(r"_(s|seconds|bytes|max)$", "", name)
+    return stem if stem in known else next(iter(get_close_matches(name, known, n=1, cutoff=cutoff)), None)
+
+
+def _unknown(source: str, name: str, known: Mapping[str, str]) -> SettingError:
+    """The error for a name that is none. `known` maps names to how they are written where `source` stands."""
+    near = nearest(name, known, 0.6)
+    if near is None:
+        return SettingError(source, "there is no such setting")
+    return SettingError(source, f"there is no such setting; the nearest is {known[near]}")
 
 
 SETTINGS: tuple[Setting, ...] = tuple(
