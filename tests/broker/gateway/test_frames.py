@@ -244,10 +244,13 @@ def test_fragments_over_the_limit_are_1009_from_the_header_that_goes_over():
     begin = client_frame(TEXT, b"a" * 600, fin=False)
     assert read_stream([begin, header_bytes(CONTINUATION, 401)], limit=1000) == ([], 1009)
     assert read_stream([begin, header_bytes(CONTINUATION, 400)], limit=1000) == ([], None)
-    # What went before counts no more once the message has ended.
-    both = begin + client_frame(CONTINUATION, b"b" * 400)
-    message = Message("a" * 600 + "b" * 400)
-    assert read_stream([both, both], limit=1000) == ([message, message], None)
+
+
+def test_a_reader_counts_anew_for_each_message():
+    reader = MessageReader(limit_bytes=10, fragment_max=2)
+    for _ in range(3):
+        assert reader.feed(client_frame(TEXT, b"a" * 6, fin=False)) == []
+        assert reader.feed(client_frame(CONTINUATION, b"b" * 4)) == [Message("aaaaaabbbb")]
 
 
 def test_control_frames_do_not_count_against_the_limit():
@@ -305,6 +308,9 @@ def test_frames_out_of_sequence_are_1002(frames):
     """RFC 6455 5.4."""
     events, code = read_stream(frames)
     assert code == 1002
+    # The last frame's header is enough, even if a payload is yet to come.
+    header = header_bytes(frames[-1][0] & 0x0F, 5, fin=frames[-1][0] >= 0x80)
+    assert read_stream([*frames[:-1], header]) == (events, 1002)
     assert len(events) == sum(frame[0] & 0x80 > 0 for frame in frames[:-1])
 
 
@@ -430,7 +436,9 @@ def test_a_close_without_a_code_is_1005():
 
 def test_half_a_close_code_is_1002():
     """RFC 6455 5.5.1: a body begins with two bytes."""
-    assert read_stream([client_frame(CLOSE, b"\x03")]) == ([], 1002)
+    with pytest.raises(Violation, match="two bytes") as caught:
+        MessageReader(LIMIT).feed(client_frame(CLOSE, b"\x03"))
+    assert caught.value.code == 1002
 
 
 def test_a_close_reason_that_is_not_utf8_is_1007():
