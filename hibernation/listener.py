@@ -1,11 +1,10 @@
-"""Where an instance listens: its TCP address, and the Unix socket in its data directory.
+"""Where an instance listens, and what stands in the way of that.
 
 Owns binding and the errors that say why an instance cannot start. Accepts nothing: the listening socket is
 the supervisor's, so that a gateway's death closes it to nobody, and connections wait in it meanwhile.
 """
 
 import errno
-import os
 import resource
 import socket
 import stat
@@ -20,14 +19,10 @@ __all__ = [
     "bind_listener",
     "raise_file_limit",
     "remove_stale_socket",
-    "socket_path",
 ]
 
 LISTEN_BACKLOG = 4096
 """Connections that the kernel completes while a gateway is restarted; the kernel's own limit may be lower."""
-
-UNIX_PATH_BYTES_MAX = 107
-"""`sun_path` of unix(7): 108 bytes with the final NUL."""
 
 
 class StartError(BrokerError):
@@ -45,21 +40,6 @@ class AddressInUse(StartError):
         super().__init__(f"port {port} of {host or 'all addresses'} is in use by another program")
         self.host = host
         self.port = port
-
-
-def socket_path(data: Path) -> Path:
-    """Give the path of the gateway's Unix socket.
-
-    Raises `StartError` when the kernel would not take it: a socket's path has at most 107 bytes.
-    """
-    path = data / "gateway.sock"
-    length = len(os.fsencode(path))
-    if length > UNIX_PATH_BYTES_MAX:
-        raise StartError(
-            f"the path of the data directory is too long for a Unix socket in it: {path} has {length} bytes, "
-            f"and {UNIX_PATH_BYTES_MAX} is the most; choose a shorter one with --data"
-        )
-    return path
 
 
 def bind_listener(host: str, port: int, *, receive_buffer_bytes: int) -> socket.socket:

@@ -16,6 +16,7 @@ awaited. New code is loaded beside the old, which serves until the new has said 
 when it never does (S32). A child's exit is awaited on its pidfd, and its number is not reused before that.
 """
 
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -26,10 +27,11 @@ import trio
 
 from hibernation.children import Backoff, Child, Children, Commands, LoadError, Timing
 from hibernation.configuration import GO_LINE, GatewayConfig, HostConfig
-from hibernation.listener import StartError, remove_stale_socket, socket_path
+from hibernation.listener import StartError, remove_stale_socket
 from hibernation.logs import get_logger
 from hibernation.processes import ProcessList
 from hibernation.settings import Settings
+from storage.directory import socket_path
 
 __all__ = ["Plan", "Supervisor"]
 
@@ -66,7 +68,7 @@ class Supervisor:
         """`announce` is called once, with the address, when the instance answers. `changes` gives an item for
         each save in the app's folder, for which the hosts are reloaded; None: never.
 
-        Raises `StartError` when the instance cannot run in this data directory.
+        Raises `StartError` or `DataDirectoryError` when the instance cannot run in this data directory.
         """
         self._plan = plan
         self._announce = announce
@@ -96,7 +98,8 @@ class Supervisor:
             caught.append(signal.SIGHUP)
         with trio.open_signal_receiver(*caught) as signals:
             async with trio.open_nursery() as nursery:
-                self._children = Children(nursery, self._timing, self._processes.write)
+                self._children = Children(nursery, self._timing, self._note)
+                self._note([])
                 nursery.start_soon(self._obey, signals)
                 task_status.started()
                 try:
@@ -132,6 +135,9 @@ class Supervisor:
                 f"{self._plan.data} is still served by {named}, whose supervisor has died; "
                 f"end them with: broker stop --data {self._plan.data}"
             )
+
+    def _note(self, children: list[tuple[str, int]]) -> None:
+        self._processes.write([("supervisor", os.getpid()), *children])
 
     # Start and stop
 

@@ -1,0 +1,95 @@
+"""broadcast, send, kick, stop: commands that have a running instance do something.
+
+Owns their options and words. None of them wakes a room (S2).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker.cli.ask import print_json
+from broker.cli.options import data_option, json_option
+from hibernation.admin import AdminClient
+from hibernation.admin import stop as stop_instance
+
+__all__ = ["COMMANDS"]
+
+_party_option = click.option("--party", default="main", show_default=True, metavar="NAME")
+
+
+@click.command()
+@click.argument("room")
+@click.argument("message")
+@_party_option
+@click.option("--tag", metavar="TAG", help="Only to connections with this tag.")
+@data_option
+@json_option
+def broadcast(room: str, message: str, party: str, tag: str | None, data: Path, as_json: bool) -> None:
+    """Send the text MESSAGE to all connections of ROOM."""
+    with AdminClient(data) as client:
+        _done(client.ask("broadcast", party=party, room=room, message=message, tag=tag), "sent", as_json)
+
+
+@click.command()
+@click.argument("room")
+@click.argument("id")
+@click.argument("message")
+@_party_option
+@data_option
+@json_option
+def send(room: str, id: str, message: str, party: str, data: Path, as_json: bool) -> None:  # noqa: A002
+    """Send the text MESSAGE to the connection ID of ROOM."""
+    with AdminClient(data) as client:
+        _done(client.ask("send", party=party, room=room, id=id, message=message), "sent", as_json)
+
+
+@click.command()
+@click.argument("room")
+@click.argument("id")
+@click.option(
+    "--code", type=click.IntRange(1000, 4999), default=1000, show_default=True, help="The close code."
+)
+@click.option("--reason", default="", metavar="TEXT", help="At most 123 bytes of UTF-8.")
+@_party_option
+@data_option
+@json_option
+def kick(
+    room: str,
+    id: str,  # noqa: A002
+    code: int,
+    reason: str,
+    party: str,
+    data: Path,
+    as_json: bool,
+) -> None:
+    """Close the connection ID of ROOM."""
+    with AdminClient(data) as client:
+        answer = client.ask("kick", party=party, room=room, id=id, code=code, reason=reason)
+        _done(answer, "closed", as_json)
+
+
+@click.command()
+@data_option
+@json_option
+def stop(data: Path, as_json: bool) -> None:
+    """Drain and stop the instance. A second one forces."""
+    pids = stop_instance(data)
+    if as_json:
+        print_json({"stopped": pids})
+    else:
+        click.echo(f"stopped (process {', '.join(str(pid) for pid in pids)})")
+
+
+def _done(answer: Any, what: str, as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    count = answer.get("connections") if isinstance(answer, dict) else answer
+    if isinstance(count, int) and not isinstance(count, bool):
+        click.echo(f"{what} to {count} connection{'' if count == 1 else 's'}" if what == "sent" else what)
+    else:
+        click.echo(what)
+
+
+COMMANDS = (broadcast, send, kick, stop)

@@ -1,0 +1,44 @@
+"""The entry of a gateway process: `python -m broker.gateway`, started by the supervisor and by nobody else.
+
+Owns the steps before a gateway serves: its configuration is read from standard input and its descriptors are
+kept from what it may start. The rest is `broker.gateway.core`. Its peer is `hibernation.children`.
+"""
+
+import os
+import resource
+import sys
+
+import outcome
+import trio
+
+from hibernation.configuration import GatewayConfig, report
+from hibernation.logs import configure, get_logger, protect_standard_streams
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run one gateway, from its configuration on standard input to its end."""
+    protect_standard_streams()
+    config = GatewayConfig.from_json(sys.stdin.buffer.readline())
+    configure(config.dev, process="gateway")
+    for fd in (config.status_fd, config.listener_fd):
+        os.set_inheritable(fd, False)
+    if not config.dev:  # no token and no message in a core file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    result = outcome.capture(_serve, config)
+    if isinstance(result, outcome.Error):
+        error = result.error
+        get_logger("gateway").error("the gateway failed", exc_info=error)
+        report(config.status_fd, "error", text=f"the gateway failed: {type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def _serve(config: GatewayConfig) -> None:
+    from broker.gateway.core import serve
+
+    trio.run(serve, config)
+
+
+if __name__ == "__main__":
+    main()
