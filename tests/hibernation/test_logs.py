@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,15 +14,16 @@ from hibernation.logs import HIDDEN, hide_secrets
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(code: str, **options: object) -> subprocess.CompletedProcess[str]:
+def run(code: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run code in a process of its own: logging is set up once per process."""
+    wanted: dict[str, Any] = {"capture_output": True, **options}
     return subprocess.run(
         [sys.executable, "-c", f"from hibernation.logs import *\n{code}"],
         cwd=ROOT,
         text=True,
         timeout=30,
         check=False,
-        **{"capture_output": True, **options},
+        **wanted,
     )
 
 
