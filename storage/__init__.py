@@ -2,7 +2,7 @@
 
     errors      the root of the project's errors, and those of this package
     values      Python values to CBOR and back, by an allow-list
-    database    opening SQLite the one way it is opened here
+    database    opening SQLite the one way it is opened here; its invariants D1 to D6
     migrations  the schemas, append-only
     directory   the data directory: lock, token, number of shards
     registry    connections, their tags and state (the gateway's)
@@ -10,5 +10,7 @@
     writer      the long-lived thread that commits
 
 Knows nothing of sockets, rooms' code or trio: bytes and rows in, bytes and rows out. `hibernation` and
-`broker` import this package; it imports neither.
+`broker` import its modules by name; it imports neither.
 """
+
+__all__ = ["database", "directory", "errors", "migrations", "registry", "shards", "values", "writer"]

@@ -1,0 +1,116 @@
+"""The schemas of both kinds of database, as append-only lists of steps.
+
+Owns every table definition. A step that has been released is never edited: a change is a new step at the end.
+The version of a file is the number of steps applied, kept in `PRAGMA user_version` (which SQLite stores in
+the first page, so that it can be read without opening the file) and set in the same transaction as the step;
+sqlite-utils keeps its own record beside it. sqlite-utils is imported only when a step is due: it costs a
+tenth of a second and megabytes.
+"""
+
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+Step = Callable[["Database"], None]
+
+
+@dataclass(frozen=True)
+class Schema:
+    """One kind of database: its name and its steps, oldest first. `version` is the newest that this code
+    knows.
+    """
+
+    name: str
+    steps: tuple[Step, ...]
+
+    @property
+    def version(self) -> int:
+        """The newest version that this code knows: the number of steps."""
+        return len(self.steps)
+
+    def upgrade(self, connection: sqlite3.Connection) -> None:
+        """Apply the steps that `connection`'s database lacks, each in a transaction of its own."""
+        from sqlite_utils import Database
+        from sqlite_utils.migrations import Migrations
+
+        database = Database(connection, execute_plugins=False)
+        migrations = Migrations(self.name)
+        for version, step in enumerate(self.steps, start=1):
+            migrations(name=step.__name__)(_numbered(step, version))
+        migrations.apply(database)
+
+
+def _numbered(step: Step, version: int) -> Step:
+    def apply(database: "Database") -> None:
+        step(database)
+        database.execute(f"PRAGMA user_version = {version:d}")
+
+    return apply
+
+
+def registry_1_connections_and_tags(database: "Database") -> None:
+    """Connections by number, their tags, and the highest number ever given out.
+
+    `room_hash` stands for (party, room) in every index: eight bytes instead of two texts keep the trees
+    small, and queries compare party and room as well, so that two rooms of one hash do no harm. `tags` is
+    clustered by number, so that a connection's tags are written and deleted side by side; `tags_by_room`
+    finds a room's matches in order.
+    """
+    database.execute(
+        """
+        CREATE TABLE connections (
+            number INTEGER PRIMARY KEY,
+            room_hash INTEGER NOT NULL,
+            party TEXT NOT NULL,
+            room TEXT NOT NULL,
+            id TEXT NOT NULL,
+            uri TEXT NOT NULL,
+            accepted_at REAL NOT NULL,
+            tags BLOB NOT NULL,
+            state BLOB,
+            close_code INTEGER,
+            close_reason TEXT,
+            close_clean INTEGER,
+            close_cause TEXT
+        ) STRICT
+        """
+    )
+    database.execute("CREATE INDEX connections_by_room ON connections (room_hash)")
+    database.execute("CREATE INDEX connections_by_id ON connections (room_hash, id)")
+    database.execute(
+        """
+        CREATE TABLE tags (
+            number INTEGER NOT NULL,
+            tag TEXT NOT NULL,
+            room_hash INTEGER NOT NULL,
+            PRIMARY KEY (number, tag)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute("CREATE INDEX tags_by_room ON tags (room_hash, tag)")
+    database.execute("CREATE TABLE numbers (highest INTEGER NOT NULL) STRICT")
+    database.execute("INSERT INTO numbers (highest) VALUES (0)")
+
+
+def shard_1_entries(database: "Database") -> None:
+    """Room storage, clustered by room and key; and the generation, raised each time a host opens the file."""
+    database.execute(
+        """
+        CREATE TABLE entries (
+            room TEXT NOT NULL,
+            key TEXT NOT NULL,
+            value BLOB NOT NULL,
+            PRIMARY KEY (room, key)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute("CREATE TABLE generations (generation INTEGER NOT NULL) STRICT")
+    database.execute("INSERT INTO generations (generation) VALUES (0)")
+
+
+REGISTRY = Schema("registry", (registry_1_connections_and_tags,))
+SHARD = Schema("shard", (shard_1_entries,))

@@ -1,0 +1,315 @@
+"""Room storage on disk: what rooms put, get and list.
+
+Owns one database of room storage per shard. Keys and values are opaque here: a key is text, a value the bytes
+that `storage.values` made. Its peer is a host, which opens each of its shards once, reads on its loop thread,
+and stages the writes of a tick in one `ShardBatch` per shard. Must not know rooms, turns or what waits for a
+commit.
+
+A shard's generation is raised each time it is opened, and every commit proves that it is still the same: a
+host that was thought dead, and has been replaced, can write nothing any more (S5).
+"""
+
+import os
+import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from storage.database import (
+    CHECKPOINT_PAGES,
+    RESERVE_BYTES,
+    DatabaseFile,
+    RowStatement,
+    cannot_use,
+    translate,
+)
+from storage.errors import GenerationPassed, StorageLimitError, ValueEncodingError
+from storage.migrations import SHARD
+from storage.values import VALUE_BYTES_MAX
+
+Durability = Literal["full", "os"]
+
+KEY_BYTES_MAX = 2048
+"""Largest key, in bytes of UTF-8 (S27)."""
+
+CACHE_KIB = 512
+"""Page cache of each of a shard's two connections."""
+
+INLINE_CHECKPOINT_BYTES = 4 * 1024 * 1024
+"""Size of the log at which a shard of durability "os" wants `checkpoint` called on the writer thread."""
+
+INLINE_WAL_BYTES_MAX = 4 * INLINE_CHECKPOINT_BYTES
+"""Size at which it no longer waits for that, and checkpoints in a commit."""
+
+_CHECK_GENERATION = "SELECT generation FROM generations"
+_CLEAR = RowStatement("DELETE FROM entries WHERE room IN (", "?", ")")
+_DELETE = RowStatement("DELETE FROM entries WHERE room = ? AND key IN (", "?", ")")
+_PUT = RowStatement("REPLACE INTO entries (room, key, value) VALUES", "(?, ?, ?)")
+_GET = "SELECT value FROM entries WHERE room = ? AND key = ?"
+
+
+class ShardBatch:
+    """Writes to one shard, staged in order and coalesced: of several to one key, the last counts. Touches no
+    disk.
+
+    A batch belongs to the thread that fills it until it is handed to `Shard.commit`, and is not filled after.
+    """
+
+    __slots__ = ("bytes", "cleared", "rooms")
+
+    def __init__(self) -> None:
+        self.rooms: dict[str, dict[str, bytes | None]] = {}
+        """Per room: key to value, None for a deleted one."""
+        self.cleared: set[str] = set()
+        """Rooms whose stored entries all go, before what is in `rooms` is written."""
+        self.bytes = 0
+        """Bytes of keys and values taken by `put` and `delete`, also of what was replaced since."""
+
+    def put(self, room_key: str, key: str, value: bytes) -> None:
+        """Set one entry.
+
+        Raises:
+            StorageLimitError: the key is over 2 KiB of UTF-8, or the value over 2 MiB; nothing is staged.
+            ValueEncodingError: the key is no text that UTF-8 can hold; nothing is staged.
+        """
+        size = key_bytes(key) + len(value)
+        if len(value) > VALUE_BYTES_MAX:
+            raise StorageLimitError(
+                "the value (bytes)", len(value), VALUE_BYTES_MAX, "Split it over several keys"
+            )
+        try:
+            self.rooms[room_key][key] = value
+        except KeyError:
+            self.rooms[room_key] = {key: value}
+        self.bytes += size
+
+    def delete(self, room_key: str, key: str) -> None:
+        """Remove one entry; it need not exist. Raises as `put`."""
+        size = key_bytes(key)
+        self.rooms.setdefault(room_key, {})[key] = None
+        self.bytes += size
+
+    def clear(self, room_key: str) -> None:
+        """Remove every entry of a room, also those staged before in this batch."""
+        self.rooms.pop(room_key, None)
+        self.cleared.add(room_key)
+
+    def __bool__(self) -> bool:
+        return bool(self.rooms or self.cleared)
+
+
+def key_bytes(key: str) -> int:
+    """Give the size of a key in bytes of UTF-8; raises as `ShardBatch.put` if it cannot be one."""
+    if key.isascii():
+        size = len(key)
+    else:
+        try:
+            size = len(key.encode())
+        except UnicodeEncodeError:
+            raise ValueEncodingError(
+                f"the key {key!r} holds a lone surrogate, which UTF-8 cannot hold", "Use another key"
+            ) from None
+    if size > KEY_BYTES_MAX:
+        raise StorageLimitError("the key (bytes)", size, KEY_BYTES_MAX, "Use a shorter key, or a hash of it")
+    return size
+
+
+class Shard:
+    """One shard, open for this process alone.
+
+    Args:
+        directory: the data directory.
+        index: which shard, from 0.
+        durability: "full": a commit survives a power cut; "os": the death of any process (S21).
+        reserve_bytes: free space below which commits are refused.
+
+    Raises:
+        DataDirectoryInUse: another process has it open.
+        SchemaTooNew, DatabaseDamaged, DataDirectoryError: see `storage.database.open_database`.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        index: int,
+        *,
+        durability: Durability,
+        reserve_bytes: int = RESERVE_BYTES,
+    ) -> None:
+        self.index = index
+        self.durability = durability
+        path = shard_path(directory, index)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            os.chmod(path.parent, 0o700)
+        except OSError as error:
+            raise cannot_use(path.parent, error) from error
+        self._file = DatabaseFile(
+            path,
+            SHARD,
+            synchronous="full",
+            cache_kib=CACHE_KIB,
+            read_cache_kib=CACHE_KIB,
+            checkpoint_pages=CHECKPOINT_PAGES if durability == "full" else 0,
+            reserve_bytes=reserve_bytes,
+        )
+        try:
+            # Before "os" takes effect: a generation that a power cut took back would be given out twice.
+            with self._file.transaction() as writer:
+                writer.execute("UPDATE generations SET generation = generation + 1")
+                self.generation: int = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
+            if durability == "os":
+                self._file.set_synchronous("normal")
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def path(self) -> Path:
+        """The database's file."""
+        return self._file.path
+
+    def commit(self, batch: ShardBatch) -> None:
+        """Write a batch in one transaction: all of it or nothing. On one thread at a time.
+
+        Raises:
+            GenerationPassed: another host owns the shard now; nothing was written.
+            CommitRefused: nothing was written (disk full, say); the same batch may be committed again.
+            CommitUnknown: the outcome is not known; the process must end.
+        """
+        if not batch:
+            return
+        with self._file.transaction() as writer:
+            current = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
+            if current != self.generation:
+                raise GenerationPassed(self.path, self.generation, current)
+            if batch.cleared:
+                _CLEAR.run(writer, [(room,) for room in batch.cleared])
+            puts: list[tuple[str, str, bytes | bytearray]] = []
+            # In order of rooms and keys, so that each page of the tree is visited once.
+            for room in sorted(batch.rooms) if len(batch.rooms) > 1 else batch.rooms:
+                entries = batch.rooms[room]
+                deleted: list[tuple[str]] = []
+                for key in sorted(entries) if len(entries) > 1 else entries:
+                    value = entries[key]
+                    if value is None:
+                        deleted.append((key,))
+                    else:
+                        # sqlite3 looks for an adapter for bytes, and knows bytearray at once: a copy is
+                        # cheaper if small.
+                        puts.append((room, key, bytearray(value) if len(value) < 4096 else value))
+                if deleted:
+                    _DELETE.run(writer, deleted, (room,))
+            _PUT.run(writer, puts)
+        if self.durability == "os" and self._file.wal_bytes >= INLINE_WAL_BYTES_MAX:
+            self._file.checkpoint()
+
+    def get(self, room_key: str, key: str) -> bytes | None:
+        """Give the committed value of one key, or None."""
+        try:
+            row = self._file.reader.execute(_GET, (room_key, key)).fetchall()
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
+        return row[0][0] if row else None
+
+    def get_many(self, room_key: str, keys: Iterable[str]) -> dict[str, bytes]:
+        """Give the committed values of `keys`, in their order, without the missing ones."""
+        found: dict[str, bytes] = {}
+        for key in dict.fromkeys(keys):
+            value = self.get(room_key, key)
+            if value is not None:
+                found[key] = value
+        return found
+
+    def list(
+        self,
+        room_key: str,
+        start: str | None = None,
+        start_after: str | None = None,
+        end: str | None = None,
+        prefix: str | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> list[tuple[str, bytes]]:
+        """Give a room's committed entries, in byte order of their keys.
+
+        Args:
+            room_key: the room.
+            start: first key that counts.
+            start_after: key after which to begin.
+            end: first key that no longer counts.
+            prefix: only keys that begin so.
+            reverse: from the last to the first.
+            limit: at most so many; None for all.
+        """
+        # The order of UTF-8 bytes is the order of code points, so bounds can be compared here as Python
+        # texts.
+        low = start or ""
+        if start_after is not None:
+            low = max(low, start_after + "\0")  # the least key greater than it
+        high = end
+        if prefix:
+            low = max(low, prefix)
+            after_prefix = _after_prefix(prefix)
+            if after_prefix is not None:
+                high = after_prefix if high is None else min(high, after_prefix)
+        sql = "SELECT key, value FROM entries WHERE room = ? AND key >= ?"
+        parameters: list[Any] = [room_key, low]
+        if high is not None:
+            sql += " AND key < ?"
+            parameters.append(high)
+        sql += f" ORDER BY key {'DESC' if reverse else 'ASC'} LIMIT ?"
+        parameters.append(-1 if limit is None else limit)
+        for bound in (low, high or ""):
+            _require_text(bound)
+        return self._file.read(sql, parameters)
+
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether `checkpoint` should be submitted to the writer thread. Never with durability "full"."""
+        return self.durability == "os" and self._file.wal_bytes >= INLINE_CHECKPOINT_BYTES
+
+    def checkpoint(self) -> None:
+        """Carry the log over into the file. On the writer thread; a `commit` meanwhile waits for it, so queue
+        that behind.
+        """
+        self._file.checkpoint()
+
+    def check(self) -> None:
+        """Read the whole file; raises DatabaseDamaged if it is inconsistent. Not on a loop thread."""
+        self._file.check()
+
+    @property
+    def wal_bytes(self) -> int:
+        """Size of the write-ahead log."""
+        return self._file.wal_bytes
+
+    def close(self) -> None:
+        """Close and release the shard. Idempotent."""
+        self._file.close()
+
+
+def shard_path(directory: str | os.PathLike[str], index: int) -> Path:
+    """Where a shard lies in a data directory. Never named after anything that a client chose."""
+    return Path(directory) / "shards" / f"{index:d}.db"
+
+
+def _after_prefix(prefix: str) -> str | None:
+    """The least text greater than every text that begins with `prefix`; None when there is none."""
+    while prefix:
+        last = ord(prefix[-1])
+        if last != 0x10FFFF:
+            # Surrogates are no characters: after U+D7FF comes U+E000.
+            return prefix[:-1] + chr(0xE000 if last == 0xD7FF else last + 1)
+        prefix = prefix[:-1]
+    return None
+
+
+def _require_text(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueEncodingError(
+                f"the bound {text!r} holds a lone surrogate, which UTF-8 cannot hold", "Use another one"
+            ) from None
