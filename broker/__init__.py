@@ -59,13 +59,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in ("Request", "Response"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from hibernation import requests
+if not TYPE_CHECKING:  # a type checker that sees it takes every name for a public one
 
-    globals().update(Request=requests.Request, Response=requests.Response)
-    return globals()[name]
+    def __getattr__(name: str) -> object:
+        if name not in ("Request", "Response"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from hibernation import requests
+
+        globals().update(Request=requests.Request, Response=requests.Response)
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -135,7 +135,7 @@ def _check_names(server: type[Any]) -> None:
                 continue
             if name == "room" and not isinstance(value, MemberDescriptorType):
                 raise HookError(
-                    owner.__qualname__,
+                    owner.__name__,
                     name,
                     "`room` is set by the broker, on every room object",
                     location=location(owner, name, value),
@@ -160,7 +160,7 @@ def _check_method_name(owner: type[Any], name: str, value: object) -> None:
     if nearest is not None:
         problem = f"there is no such hook; the nearest is {nearest}"
         remedy = f"{HOOKS[nearest].line()}   (a method of your own needs a name of another kind)"
-    raise HookError(owner.__qualname__, name, problem, location=location(owner, name, value), remedy=remedy)
+    raise HookError(owner.__name__, name, problem, location=location(owner, name, value), remedy=remedy)
 
 
 def _check_init(server: type[Any]) -> None:
@@ -179,7 +179,7 @@ def _check_init(server: type[Any]) -> None:
             return
     if fault:
         raise HookError(
-            owner.__qualname__,
+            owner.__name__,
             "__init__",
             fault,
             location=location(owner, "__init__", value),
@@ -196,7 +196,7 @@ def _check_hook(hook: Hook, owner: type[Any], value: Any) -> HookSpec:
 
     def fail(problem: str) -> HookError:
         return HookError(
-            owner.__qualname__,
+            owner.__name__,
             hook.name,
             problem,
             location=location(owner, hook.name, value),
@@ -313,10 +313,24 @@ def location(owner: type[Any], name: str, value: object) -> str:
             tree = ast.parse(file.read())
     except (OSError, SyntaxError, ValueError):
         return ""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef) and node.name == owner.__name__:
-            return f"{_short(path)}:{_assignment_line(node, name) or node.lineno}"
-    return _short(path)
+    node = _definition(tree, owner.__qualname__.replace("<locals>.", "").split("."))
+    if not isinstance(node, ast.ClassDef):
+        return _short(path)
+    return f"{_short(path)}:{_assignment_line(node, name) or node.lineno}"
+
+
+def _definition(node: ast.AST, names: list[str]) -> ast.AST | None:
+    """The class or function that is reached by these names, through the functions and classes around it."""
+    if not names:
+        return node
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = _definition(child, names[1:]) if child.name == names[0] else None
+        else:
+            found = _definition(child, names)  # a class may stand in an `if` or a `with`
+        if found is not None:
+            return found
+    return None
 
 
 def _assignment_line(body: ast.ClassDef, name: str) -> int | None:

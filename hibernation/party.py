@@ -147,7 +147,7 @@ def make_parties(classes: Sequence[type[Any]]) -> list[Party]:
             # A base that the main party shares may define it for that one.
             if HOOKS[name].main_only and not any(issubclass(main, owner) for main in mains):
                 raise HookError(
-                    owner.__qualname__,
+                    owner.__name__,
                     name,
                     f'it is called on the main party only, and this is the party "{party.name}" of several',
                     location=location(owner, name, value),
@@ -262,4 +262,4 @@ def _is_header(name: object, text: object) -> bool:
 
 
 def _source(owner: type[Any], name: str, value: object) -> str:
-    return f"{owner.__qualname__}.{name}{where(owner, name, value)}"
+    return f"{owner.__name__}.{name}{where(owner, name, value)}"

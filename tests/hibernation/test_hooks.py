@@ -16,6 +16,9 @@ def message(self, message, sender): ...
 async def waiting(self, message, sender): ...
 
 
+async def waiting_init(self, room): ...
+
+
 def specs_of(**members):
     return check_hooks(type("Chat", (), members))
 
@@ -218,10 +221,7 @@ def test_a_constructor_takes_the_room_alone(init):
 
 def test_a_constructor_cannot_wait():
     """S3: what waits is `on_start`."""
-
-    async def init(self, room): ...
-
-    error = refused(__init__=init)
+    error = refused(__init__=waiting_init)
     assert "cannot wait" in error.problem
     assert "on_start" in error.remedy
 
@@ -236,10 +236,9 @@ def test_room_is_not_the_authors_name():
 
 def test_the_whole_text_reads_like_help():
     error = refused(on_before_request=message)
-    line = inspect.getsourcelines(message)[1]
+    place = f"tests/hibernation/test_hooks.py:{inspect.getsourcelines(message)[1]}"
     assert str(error).splitlines() == [
-        f"Chat.on_before_request (tests/hibernation/test_hooks.py:{line}):"
-        + " it runs before there is a room, so it is a static method.",
+        f"Chat.on_before_request ({place}): it runs before there is a room, so it is a static method.",
         "  found: def on_before_request(self, message, sender)",
         "  write: @staticmethod",
         "         def on_before_request(request, lobby): ...",

@@ -1,0 +1,140 @@
+"""A user's app that has every hook and every member: test_typing.py checks it strictly, and loads it.
+
+It is written as a user would write it: it imports from `broker` alone.
+"""
+
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Any
+
+from broker import (
+    Connection,
+    ConnectionClosedError,
+    ConnectionContext,
+    LimitExceeded,
+    Lobby,
+    Refuse,
+    Request,
+    Response,
+    Room,
+    Server,
+)
+
+
+class Main(Server):
+    hibernate = False
+    concurrency = "serial"
+    subprotocols = ("chat.v2", "chat.v1")
+    cors = {"Access-Control-Allow-Origin": "https://example.com"}
+    origins = ["https://example.com"]
+    idle_seconds = 2.5
+    start_timeout = 5
+    turn_timeout = 5
+    duplicate_ids = "replace"
+    tags_max = 8
+    slow_consumer = "drop_oldest"
+    message_bytes_max = 65_536
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.history: list[str] = []
+        self.woken: datetime | None = None
+
+    async def on_start(self) -> None:
+        self.history = await self.room.storage.get("history", default=[])
+        several: dict[str, Any] = await self.room.storage.get(["history", "title"])
+        self.room.storage.put({"title": several.get("title", ""), "starts": 1})
+        print(self.room.env.get("HOME"), self.room.party, self.room.name, self.room.id)
+
+    def get_connection_tags(self, connection: Connection, ctx: ConnectionContext) -> list[str]:
+        return ["admin"] if ctx.request.args.get("admin") else []
+
+    async def on_connect(self, connection: Connection, ctx: ConnectionContext) -> None:
+        connection.set_state({"name": ctx.request.headers.get("X-Name", "")})
+        connection.set_state(lambda state: {**state, "seen": 0})
+        connection.add_tags("new", "guest")
+        connection.remove_tags("guest")
+        connection.send({"id": connection.id, "uri": connection.uri, "tags": list(connection.tags)})
+
+    async def on_message(self, message: str | bytes, sender: Connection) -> None:
+        if isinstance(message, bytes):
+            sender.close(1003, "text only")
+            return
+        self.history.append(message)
+        await self.room.storage.put("history", self.history)
+        self.room.broadcast(message, [sender])
+        self.room.broadcast(message, without=[sender.id], tag="admin")
+        self.room.broadcast({"text": message}, all_of=["a", "b"], any_of=["c"], none_of=["d"])
+        other: Connection | None = await self.room.get_connection("alice")
+        if other is not None:
+            try:
+                other.send(b"bytes")
+            except (ConnectionClosedError, LimitExceeded):
+                pass
+        async for connection in self.room.get_connections(tag="admin"):
+            connection.send(message)
+        count: int = await self.room.count_connections(any_of=["a", "b"])
+        listed: dict[str, Any] = await self.room.storage.list(prefix="m", reverse=True, limit=count + 1)
+        gone: bool = await self.room.storage.delete("history")
+        several: int = await self.room.storage.delete(list(listed))
+        if gone or several:
+            self.room.storage.delete_all()
+        self.room.hibernate()
+
+    def on_close(self, connection: Connection, code: int, reason: str, was_clean: bool) -> None:
+        self.room.broadcast(
+            f"{connection.state['name']} has left: {connection.close_cause} {code} {reason} {was_clean}"
+        )
+
+    async def on_error(self, connection: Connection | None, error: Exception) -> None:
+        print(connection, error)
+
+    async def on_request(self, request: Request) -> Response | dict[str, Any] | AsyncIterator[bytes]:
+        if request.method == "POST":
+            body: bytes = await request.get_data(as_text=False, cache=True, parse_form_data=False)
+            return Response(body, status=201)
+        if request.rest == "/stream":
+            return self.stream()
+        return {"rest": request.rest, "path": request.path, "json": await request.get_json(silent=True)}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        for line in self.history:
+            yield line.encode()
+
+    @staticmethod
+    async def on_before_connect(request: Request, lobby: Lobby) -> Request | Response | None:
+        if request.args.get("token") != lobby.env.get("TOKEN"):
+            raise Refuse(403, f"not for you: {lobby.party}/{lobby.id}")
+        request.headers["X-Name"] = "somebody"
+        return request
+
+    @staticmethod
+    def on_before_request(request: Request) -> Response | None:
+        return Response("no", status=405) if request.method == "PUT" else None
+
+    @staticmethod
+    async def on_fetch(request: Request, lobby: Lobby) -> str:
+        return f"{request.path} belongs to no room of {lobby.party}"
+
+
+class Plain(Server):
+    """Hooks as plain functions, and without their trailing parameters."""
+
+    def on_start(self) -> None: ...
+
+    def get_connection_tags(self) -> list[str]:
+        return []
+
+    def on_connect(self, connection: Connection) -> None: ...
+
+    def on_message(self, message: str | bytes) -> None: ...
+
+    def on_close(self) -> None: ...
+
+    def on_error(self) -> None: ...
+
+    def on_request(self) -> str:
+        return "hello"
+
+    @staticmethod
+    def on_before_connect() -> None: ...
