@@ -45,7 +45,8 @@ class Timing:
     """Deadlines of the supervisor, in seconds."""
 
     load_seconds: float = 30.0
-    """For a host to import the app and say so; also for a gateway to be ready."""
+    """For a host to import the app and say so. The first gateway, ready when its hosts are, gets twice
+    that; a later one as long as it takes, since sockets wait at it."""
     drain_seconds: float = 40.0
     """For a gateway to close its sockets and see their close turns through, before it is killed."""
     finish_seconds: float = 35.0
@@ -203,16 +204,15 @@ class Child:
 class Children:
     """All processes that one supervisor has started and not yet reaped."""
 
-    def __init__(
-        self, nursery: trio.Nursery, timing: Timing, changed: Callable[[list[tuple[str, int]]], None]
-    ) -> None:
+    def __init__(self, nursery: trio.Nursery, changed: Callable[[list[tuple[str, int]]], None]) -> None:
         """`nursery` must outlive the processes; `changed` gets names and ids on each start and exit."""
         self._nursery = nursery
-        self._timing = timing
         self._changed = changed
         self._running: list[Child] = []
 
-    async def start(self, name: str, command: Sequence[str], config: MakeConfig, wanted: str) -> Child:
+    async def start(
+        self, name: str, command: Sequence[str], config: MakeConfig, wanted: str, *, within_seconds: float
+    ) -> Child:
         """Start a child, give it its configuration and wait for its first report, which must be `wanted`.
 
         Raises `LoadError` when it is another, or does not come in time, or the system refuses a process.
@@ -220,7 +220,7 @@ class Children:
         """
         child, line = await self._spawn(name, command, config)
         try:
-            with trio.move_on_after(self._timing.load_seconds):
+            with trio.move_on_after(within_seconds):
                 await child.say(line, last=wanted == "ready")
                 await child.settled.wait()
             if child.error is not None:
@@ -228,8 +228,8 @@ class Children:
             if child.exited.is_set():
                 raise LoadError(f"the {name} ended while it was starting: {child.outcome}", by_app=False)
             if wanted not in child.reports:
-                seconds = self._timing.load_seconds
-                raise LoadError(f"the {name} did not start within {seconds:g} s", by_app=wanted == "loaded")
+                text = f"the {name} did not start within {within_seconds:g} s"
+                raise LoadError(text, by_app=wanted == "loaded")
         except BaseException:
             with trio.CancelScope(shield=True):
                 child.signal(signal.SIGKILL)

@@ -16,6 +16,7 @@ awaited. New code is loaded beside the old, which serves until the new has said 
 when it never does (S32). A child's exit is awaited on its pidfd, and its number is not reused before that.
 """
 
+import math
 import os
 import signal
 import socket
@@ -98,7 +99,7 @@ class Supervisor:
             caught.append(signal.SIGHUP)
         with trio.open_signal_receiver(*caught) as signals:
             async with trio.open_nursery() as nursery:
-                self._children = Children(nursery, self._timing, self._note)
+                self._children = Children(nursery, self._note)
                 self._note([])
                 nursery.start_soon(self._obey, signals)
                 task_status.started()
@@ -192,7 +193,13 @@ class Supervisor:
 
     async def _start_gateway(self) -> Child:
         remove_stale_socket(socket_path(self._plan.data))
-        return await self._children.start("gateway", self._commands.gateway, self._gateway_config, "ready")
+        return await self._children.start(
+            "gateway",
+            self._commands.gateway,
+            self._gateway_config,
+            "ready",
+            within_seconds=math.inf if self._gateway_ready.is_set() else 2 * self._timing.load_seconds,
+        )
 
     def _gateway_config(self, status_fd: int) -> GatewayConfig:
         plan = self._plan
@@ -254,7 +261,9 @@ class Supervisor:
                 variables=plan.variables,
             )
 
-        return await self._children.start(f"host {index}", self._commands.host, config, "loaded")
+        return await self._children.start(
+            f"host {index}", self._commands.host, config, "loaded", within_seconds=self._timing.load_seconds
+        )
 
     async def _revive_host(self, index: int, dead: Child, backoff: Backoff) -> Child:
         """Give a loaded host after the old one's death, however many tries that takes."""
