@@ -201,13 +201,14 @@ def test_a_hook_that_cannot_be_called_is_refused_with_the_line_to_write(name, fu
 
 
 def test_a_hook_that_yields_is_refused():
-    async def stream(self, request):
-        yield b""
+    class Streams:
+        async def on_request(self, request):
+            yield b""
 
     def tags(self, connection):
         yield "a"
 
-    assert "cannot yield" in refused(on_request=stream).problem
+    assert "cannot yield" in refused(on_request=Streams.on_request).problem
     assert "cannot yield" in refused(get_connection_tags=tags).problem
 
 
