@@ -22,7 +22,7 @@ from hibernation.processes import ProcessList
 from storage.directory import SOCKET_PATH_BYTES_MAX, read_holder
 from storage.errors import BrokerError
 
-__all__ = ["AdminClient", "AdminError", "NotRunning", "process_ids", "stop"]
+__all__ = ["AdminClient", "AdminError", "NotRunning", "stop", "supervisor_of"]
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 """A longer answer is none of a gateway's: listings come in pages."""
@@ -43,17 +43,9 @@ class NotRunning(AdminError):
         self.data = data
 
 
-def process_ids(data: Path) -> dict[str, Any]:
-    """Give the process ids of an instance: {"supervisor": id or None, "gateways": [...], "keepers": [],
-    "hosts": [...]}.
-    """
-    listed = ProcessList(data).surviving()
-    return {
-        "supervisor": next((pid for name, pid in listed if name == "supervisor"), None),
-        "gateways": [pid for name, pid in listed if name.startswith("gateway")],
-        "keepers": [],
-        "hosts": [pid for name, pid in listed if name.startswith("host")],
-    }
+def supervisor_of(data: Path) -> int | None:
+    """Give the process id of the supervisor that runs on the data directory, None when there is none."""
+    return next((pid for name, pid in ProcessList(data).surviving() if name == "supervisor"), None)
 
 
 class AdminClient:
@@ -104,7 +96,7 @@ class AdminClient:
         return answer.get("result")
 
     def pages(self, command: str, rows: str, **parameters: object) -> Iterator[Any]:
-        """Give the items of all pages of a listing: the result's `rows`, asked again from its `next` on."""
+        """Give the items of all pages of a listing: the result's `rows`, asked again from its `after` on."""
         after: object = None
         while True:
             result = self.ask(command, after=after, **parameters)
@@ -112,7 +104,7 @@ class AdminClient:
                 yield from result
                 return
             yield from result[rows]
-            after = result.get("next")
+            after = result.get("after")
             if after is None:
                 return
 

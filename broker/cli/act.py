@@ -4,7 +4,6 @@ Owns their options and words. None of them wakes a room (S2).
 """
 
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -28,7 +27,8 @@ _party_option = click.option("--party", default="main", show_default=True, metav
 def broadcast(room: str, message: str, party: str, tag: str | None, data: Path, as_json: bool) -> None:
     """Send the text MESSAGE to all connections of ROOM."""
     with AdminClient(data) as client:
-        _done(client.ask("broadcast", party=party, room=room, message=message, tag=tag), "sent", as_json)
+        answer = client.ask("broadcast", party=party, room=room, message=message, tag=tag)
+    _done(answer, f"sent to {_counted(answer.get('sent'))}", as_json)
 
 
 @click.command()
@@ -41,7 +41,8 @@ def broadcast(room: str, message: str, party: str, tag: str | None, data: Path, 
 def send(room: str, id: str, message: str, party: str, data: Path, as_json: bool) -> None:  # noqa: A002
     """Send the text MESSAGE to the connection ID of ROOM."""
     with AdminClient(data) as client:
-        _done(client.ask("send", party=party, room=room, id=id, message=message), "sent", as_json)
+        answer = client.ask("send", party=party, room=room, id=id, message=message)
+    _done(answer, "sent", as_json)
 
 
 @click.command()
@@ -66,7 +67,7 @@ def kick(
     """Close the connection ID of ROOM."""
     with AdminClient(data) as client:
         answer = client.ask("kick", party=party, room=room, id=id, code=code, reason=reason)
-        _done(answer, "closed", as_json)
+    _done(answer, "closed", as_json)
 
 
 @click.command()
@@ -81,15 +82,15 @@ def stop(data: Path, as_json: bool) -> None:
         click.echo(f"stopped (process {', '.join(str(pid) for pid in pids)})")
 
 
-def _done(answer: Any, what: str, as_json: bool) -> None:
+def _done(answer: object, words: str, as_json: bool) -> None:
     if as_json:
         print_json(answer)
-        return
-    count = answer.get("connections") if isinstance(answer, dict) else answer
-    if isinstance(count, int) and not isinstance(count, bool):
-        click.echo(f"{what} to {count} connection{'' if count == 1 else 's'}" if what == "sent" else what)
     else:
-        click.echo(what)
+        click.echo(words)
+
+
+def _counted(connections: object) -> str:
+    return "1 connection" if connections == 1 else f"{connections} connections"
 
 
 COMMANDS = (broadcast, send, kick, stop)

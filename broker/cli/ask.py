@@ -6,6 +6,7 @@ control characters escaped: it must not be able to write to the operator's termi
 
 import json
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.cli.options import data_option, json_option
-from hibernation.admin import AdminClient, process_ids
+from hibernation.admin import AdminClient, supervisor_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -71,8 +72,9 @@ def connections(
 def stats(data: Path, as_json: bool) -> None:
     """Show what the instance is doing, in numbers."""
     with AdminClient(data) as client:
-        given = dict(client.ask("stats"))
-    given["processes"] = process_ids(data)
+        given = client.ask("stats")
+    # A gateway outlives its supervisor, and would name whoever is its parent then.
+    given = {**given, "supervisor": supervisor_of(data), "keepers": []}
     if as_json:
         print_json(given)
         return
@@ -102,10 +104,10 @@ def _list(rows: Iterable[Mapping[str, Any]], limit: int | None, as_json: bool, n
     names = list(dict.fromkeys(name for row in taken for name in row))
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        numbers = all(isinstance(row.get(name), int | float | None) for row in taken)
+        numbers = all(isinstance(row.get(name), int | float | None) for row in taken) and name[-3:] != "_at"
         table.add_column(name.replace("_", " "), justify="right" if numbers else "left", overflow="fold")
     for row in taken[:shown]:
-        table.add_row(*(Text(plain(row.get(name))) for name in names))
+        table.add_row(*(Text(_cell(name, row.get(name))) for name in names))
     _console().print(table)
     if len(taken) > shown:
         click.echo(f"… more than {shown}: --limit N shows more, --json all")
@@ -125,6 +127,12 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield from _flat(value, f"{shown} ")
         else:
             yield shown, value
+
+
+def _cell(name: str, value: object) -> str:
+    if name.endswith("_at") and isinstance(value, int | float):
+        return datetime.fromtimestamp(value, UTC).astimezone().isoformat(" ", "seconds")
+    return plain(value)
 
 
 def plain(value: object) -> str:

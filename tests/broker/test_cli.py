@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ from typing import Any
 import cbor2
 import pytest
 from click.testing import CliRunner, Result
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection, connect
 
 from broker.cli import cli
 from broker.cli.ask import plain
 from broker.cli.watching import counts
-from hibernation.admin import AdminClient, AdminError, NotRunning, process_ids, stop
-from hibernation.processes import ProcessList
+from hibernation.admin import AdminClient, AdminError, NotRunning, stop, supervisor_of
+from hibernation.processes import ProcessList, started_at_ticks
 from hibernation.settings import SETTINGS
 from storage.directory import DataDirectory
 
@@ -67,6 +70,12 @@ class Broker:
         process = self.start(*arguments, environ=environ)
         out, err = process.communicate(timeout=40)
         return process.returncode, out, err
+
+    def stats(self) -> Any:
+        """Give what `broker stats --json` says."""
+        status, out, err = self.run("stats", "--json")
+        assert status == 0, err
+        return json.loads(out)
 
     def close(self) -> None:
         for process in self._started:
@@ -265,8 +274,8 @@ class Gateway:
 
 
 PAGES: dict[object, object] = {
-    None: {"rooms": [{"party": "main", "room": "a", "connections": 2, "awake": False}], "next": "a"},
-    "a": {"rooms": [{"party": "main", "room": "b\x1b[2J", "connections": 0, "awake": True}], "next": None},
+    None: {"rooms": [{"party": "main", "room": "a", "connections": 2, "awake": False}], "after": "a"},
+    "a": {"rooms": [{"party": "main", "room": "b\x1b[2J", "connections": 0, "awake": True}], "after": None},
 }
 
 
@@ -282,7 +291,7 @@ def test_rooms_come_in_pages_and_their_names_write_nothing_to_the_terminal(tmp_p
 
 
 def test_connections_are_asked_for_by_party_room_tag_and_id(tmp_path):
-    with Gateway(tmp_path, lambda _: {"result": {"connections": [], "next": None}}) as gateway:
+    with Gateway(tmp_path, lambda _: {"result": {"connections": [], "after": None}}) as gateway:
         result = invoke(
             *("connections", "--data", str(tmp_path)),
             *("--party", "p", "--room", "r", "--tag", "t", "--id", "i"),
@@ -291,24 +300,25 @@ def test_connections_are_asked_for_by_party_room_tag_and_id(tmp_path):
     assert gateway.asked == [{"command": "connections", "party": "p", "room": "r", "tag": "t", "id": "i"}]
 
 
-def test_stats_adds_the_process_ids(tmp_path):
-    ProcessList(tmp_path).write([("supervisor", os.getpid()), ("gateway", os.getpid())])
-    with Gateway(tmp_path, lambda _: {"result": {"connections": 12345, "wakes": {"message": 1}}}):
+def test_stats_names_the_supervisor_as_the_data_directory_does(tmp_path):
+    ProcessList(tmp_path).write([("supervisor", os.getpid()), ("gateway", 1)])
+    answer = {"supervisor": 1, "gateways": [7], "hosts": [8], "connections": 12345, "refused": {"503": 1}}
+    with Gateway(tmp_path, lambda _: {"result": answer}):
         result = invoke("stats", "--data", str(tmp_path), "--json")
         table = invoke("stats", "--data", str(tmp_path))
     given = json.loads(result.output)
-    assert given["processes"] == {
+    assert {name: given[name] for name in ("supervisor", "gateways", "keepers", "hosts")} == {
         "supervisor": os.getpid(),
-        "gateways": [os.getpid()],
+        "gateways": [7],
         "keepers": [],
-        "hosts": [],
+        "hosts": [8],
     }
-    assert "12,345" in table.output and "wakes message" in table.output
+    assert "12,345" in table.output and "refused 503" in table.output
 
 
 def test_broadcast_send_and_kick_are_passed_on(tmp_path):
     data = ("--data", str(tmp_path))
-    with Gateway(tmp_path, lambda _: {"result": {"connections": 3}}) as gateway:
+    with Gateway(tmp_path, lambda _: {"result": {"sent": 3}}) as gateway:
         assert invoke("broadcast", "lobby", "hi", "--tag", "de", *data).output == "sent to 3 connections\n"
         assert invoke("send", "lobby", "ann", "hi", "--party", "chat", *data).exit_code == 0
         assert invoke("kick", "lobby", "ann", "--code", "4000", "--reason", "bye", *data).output == "closed\n"
@@ -354,7 +364,7 @@ def test_stop_without_an_instance_leaves_a_stale_list_alone(tmp_path):
     (tmp_path / "processes.json").write_text(json.dumps([["supervisor", os.getpid(), 1]]))
     with pytest.raises(NotRunning):
         stop(tmp_path)
-    assert process_ids(tmp_path)["supervisor"] is None
+    assert supervisor_of(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -411,3 +421,221 @@ def until(condition: Callable[[], object], seconds: float = 20) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+VERSIONED = """
+from broker import Server
+
+class Chat(Server):
+    async def on_message(self, message, sender):
+        sender.send("VERSION " + message)
+"""
+
+
+def open_room(url: str, room: str, who: str = "ann") -> ClientConnection:
+    return connect(f"{url.replace('http', 'ws')}/party/{room}?_pk={who}", proxy=None, close_timeout=5)
+
+
+@pytest.fixture
+def served(broker: Broker) -> str:
+    """An instance of the chat; gives its address."""
+    (broker.folder / "chat.py").write_text(CHAT)
+    return ready(broker.start("serve", "chat.py", "--bind", "127.0.0.1:0"))
+
+
+@pytest.mark.e2e
+def test_serve_answers_and_stops_with_status_0(broker):
+    (broker.folder / "chat.py").write_text(CHAT)
+    process = broker.start("serve", "chat.py", "--bind", "127.0.0.1:0")
+    url = ready(process)
+    with urllib.request.urlopen(f"{url}/_broker/health", timeout=10) as answer:
+        assert answer.status == 200
+    with open_room(url, "lobby") as client:
+        client.send("hi")
+        assert client.recv(timeout=10) == "hi"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(ConnectionClosed):
+            client.recv(timeout=10)
+        assert client.close_code == 1012
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert not (broker.folder / ".broker" / "processes.json").exists()
+    assert not (broker.folder / ".broker" / "gateway.sock").exists()
+
+
+@pytest.mark.e2e
+def test_the_questions_are_answered_and_wake_nothing(broker, served):
+    """S42."""
+    with open_room(served, "lobby") as ann, open_room(served, "lobby", "ben") as ben:
+        ann.send("hi")
+        assert ann.recv(timeout=10) == ben.recv(timeout=10) == "hi"
+        before = broker.stats()
+        rooms = json.loads(broker.run("rooms", "--json")[1])
+        assert [(room["party"], room["room"], room["connections"]) for room in rooms] == [
+            ("chat", "lobby", 2)
+        ]
+        listed = json.loads(broker.run("connections", "--room", "lobby", "--json")[1])
+        assert [connection["id"] for connection in listed] == ["ann", "ben"]
+        one = json.loads(broker.run("connections", "--party", "chat", "--id", "ben", "--json")[1])
+        assert [connection["id"] for connection in one] == ["ben"]
+        for command in ("rooms", "connections", "stats"):
+            status, out, err = broker.run(command)
+            assert status == 0 and err == "" and out
+        after = broker.stats()
+        assert after["wakes"] == before["wakes"] > 0
+    assert len(after["gateways"]) == len(after["hosts"]) == 1 and after["supervisor"]
+
+
+@pytest.mark.e2e
+def test_broadcast_send_and_kick_reach_the_sockets(broker, served):
+    with open_room(served, "lobby") as ann, open_room(served, "lobby", "ben") as ben:
+        assert broker.run("broadcast", "lobby", "to all")[0] == 0
+        assert ann.recv(timeout=10) == ben.recv(timeout=10) == "to all"
+        assert broker.run("send", "lobby", "ben", "to you")[0] == 0
+        assert ben.recv(timeout=10) == "to you"
+        assert broker.run("kick", "lobby", "ann", "--code", "4001", "--reason", "out")[0] == 0
+        with pytest.raises(ConnectionClosed):
+            ann.recv(timeout=10)
+        assert (ann.close_code, ann.close_reason) == (4001, "out")
+
+
+@pytest.mark.e2e
+def test_stop_drains_and_returns_when_all_have_exited(broker, served):
+    pids = broker.stats()
+    status, out, err = broker.run("stop")
+    assert (status, err) == (0, "") and str(pids["supervisor"]) in out
+    for pid in (*pids["gateways"], *pids["hosts"]):
+        assert started_at_ticks(pid) is None
+    assert broker.run("stop")[0] == 1
+
+
+@pytest.mark.e2e
+def test_stop_ends_what_a_dead_supervisor_has_left_behind(broker, served):
+    """S34: they serve on, until somebody says otherwise."""
+    pids = broker.stats()
+    os.kill(pids["supervisor"], signal.SIGKILL)
+    until(lambda: supervisor_of(broker.folder / ".broker") is None)
+    with open_room(served, "lobby") as client:
+        client.send("still there")
+        assert client.recv(timeout=10) == "still there"
+        status, _, err = broker.run("serve", "chat.py", "--bind", "127.0.0.1:0")
+        assert status == 1 and f"gateway (pid {pids['gateways'][0]})" in err and "broker stop" in err
+        assert broker.run("stop")[0] == 0
+    for pid in (*pids["gateways"], *pids["hosts"]):
+        assert started_at_ticks(pid) is None
+
+
+@pytest.mark.e2e
+def test_a_second_start_says_who_holds_the_data_directory(broker, served):
+    """FAULTS 42."""
+    supervisor = broker.stats()["supervisor"]
+    status, out, err = broker.run("serve", "chat.py", "--bind", "127.0.0.1:0")
+    assert status == 1 and out == "" and str(supervisor) in err
+
+
+@pytest.mark.e2e
+def test_the_files_of_an_instance_are_its_owners_alone(broker, served):
+    """FAULTS 43."""
+    for path in [broker.folder / ".broker", *(broker.folder / ".broker").rglob("*")]:
+        mode = path.lstat().st_mode & 0o777
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.e2e
+def test_a_host_holds_no_socket_of_the_gateway_and_no_file_that_is_not_its_own(broker, served):
+    """FAULTS 44."""
+    (host,) = broker.stats()["hosts"]
+    (gateway,) = broker.stats()["gateways"]
+
+    def sockets(pid: int) -> set[str]:
+        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        return {link for link in links if link.startswith("socket:")}
+
+    with open_room(served, "lobby"):
+        assert not sockets(host) & sockets(gateway)
+
+
+@pytest.mark.e2e
+def test_a_canary_is_in_no_output_and_on_no_command_line_of_a_child(broker):
+    """FAULTS 69."""
+    (broker.folder / "chat.py").write_text(CHAT)
+    (broker.folder / ".env").write_text("SECRET=canary\n")
+    process = broker.start("serve", "chat.py", "--bind", "127.0.0.1:0")
+    url = ready(process)
+    token = (broker.folder / ".broker" / "token").read_text().strip()
+    with open_room(url, "lobby") as client:
+        client.send("hi")
+        client.recv(timeout=10)
+    processes = broker.stats()
+    for pid in (*processes["gateways"], *processes["hosts"]):
+        for name in ("cmdline", "environ"):
+            content = Path(f"/proc/{pid}/{name}").read_text()
+            assert "canary" not in content and token not in content
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "canary" not in out + err and token not in out + err
+
+
+@pytest.mark.e2e
+def test_dev_puts_saved_code_in_place_and_drops_no_socket(broker):
+    """S32: a bad save keeps the old code, going back works."""
+    app = broker.folder / "chat.py"
+    app.write_text(VERSIONED.replace("VERSION", "1"))
+    process = broker.start("dev", "chat.py", "--port", "0")
+    url = ready(process)
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr))
+    reader.start()
+    with open_room(url, "lobby") as client:
+
+        def says(expected: str) -> bool:
+            client.send("?")
+            return client.recv(timeout=10) == f"{expected} ?"
+
+        assert says("1")
+        app.write_text(VERSIONED.replace("VERSION", "2"))
+        until(lambda: says("2"))
+        app.write_text("def\n")
+        until(lambda: any("not valid Python" in line for line in log))
+        assert says("2")
+        app.write_text(VERSIONED.replace("VERSION", "3"))
+        until(lambda: says("3"))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    reader.join()
+
+
+@pytest.mark.e2e
+def test_a_killed_host_is_started_again_and_its_sockets_stay(broker, served):
+    with open_room(served, "lobby") as client:
+        for number in range(3):
+            pids = broker.stats()
+            os.kill(pids["hosts"][0], signal.SIGKILL)
+            client.send(str(number))
+            assert client.recv(timeout=10) == str(number)
+
+
+@pytest.mark.e2e
+def test_the_demo_names_its_address_and_takes_its_data_away(broker):
+    process = broker.start("demo", "--port", "0", environ={"TMPDIR": str(broker.folder)})
+    url = ready(process)
+    with urllib.request.urlopen(f"{url}/", timeout=10) as answer:
+        assert answer.status == 200 and b"<html" in answer.read().lower()
+    (folder,) = broker.folder.glob("broker-demo-*")
+    assert broker.run("rooms", "--data", str(folder / "data"))[0] == 0
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.e2e
+def test_a_folder_with_a_storage_of_its_own_is_no_obstacle(broker):
+    (broker.folder / "chat.py").write_text(CHAT)
+    (broker.folder / "storage").mkdir()
+    (broker.folder / "storage" / "__init__.py").write_text("raise SystemExit('the wrong storage')")
+    url = ready(broker.start("serve", "chat.py", "--bind", "127.0.0.1:0"))
+    with open_room(url, "lobby") as client:
+        client.send("hi")
+        assert client.recv(timeout=10) == "hi"
