@@ -1,0 +1,223 @@
+"""The parked connections: one row of columns each, no object graph.
+
+Owns the columns, the free slots, and the two ways to find a connection: by descriptor, and by room and id.
+Must not read or write a socket. Peers: `inbox` and `outbox` move bytes, `rooms` links the rows of one room
+into a list.
+
+A connection costs, beside its socket object and its card, 8 bytes in each pointer and counter column and less
+in the others; everything that only a few connections have at a time (a request in a handshake, a reader of
+fragments, an outbox, a state) lives in dictionaries of the module that needs it.
+
+Invariants:
+    C1  `number[slot]` is never used twice; 0 means that the slot is free
+    C2  `consumed[slot] <= parsed[slot]`: what lies between is dispatched or answered, and still in the kernel
+    C3  bytes before `consumed[slot]` belong to turns that were acknowledged (or to control frames, or to a
+    spill file) C4  a slot that is FREE or CLOSED is in no room's list and in no index
+"""
+
+from array import array
+from socket import socket
+from typing import TYPE_CHECKING, Final
+
+from hibernation.wire import read_card
+
+if TYPE_CHECKING:
+    from broker.gateway.rooms import RoomRecord
+
+# Phases of a connection's life. Before the 101:
+FREE: Final = 0
+ADMITTING: Final = 1  # the before-hook, or a probe of the connection with the same id, is under way
+STORING: Final = 2  # its row is on the way to disk
+# After it:
+CONNECTING: Final = 3  # its connect turn has not ended; frames wait in the kernel
+OPEN: Final = 4
+ENDING: Final = 5  # nothing more is read; turns of what was read have not all been acknowledged
+CLOSING: Final = 6  # our Close is out; the client's is awaited, what comes before it is thrown away
+CLOSED: Final = 7  # the socket has gone; the close turn has not been acknowledged
+
+# Flags.
+DEFERRED: Final = (
+    1  # there may be unread data that was left for later: look again when something is acknowledged
+)
+READER: Final = 2  # a reader of fragments or a spill file exists: no fast path
+PINGED: Final = 4  # a ping is out and nothing has come since
+GONE: Final = 8  # the peer has ended its side: an end follows what is still unread
+
+#: No neighbour in the room's list, no connection of this descriptor.
+NONE: Final = 0xFFFFFFFF
+
+
+class Connections:
+    """See the module. Columns are public: the hot path indexes them directly."""
+
+    __slots__ = (
+        "_by_descriptor",
+        "_free",
+        "_index",
+        "_index_mask",
+        "_index_used",
+        "card",
+        "consumed",
+        "count",
+        "flags",
+        "last_end",
+        "next",
+        "number",
+        "parsed",
+        "phase",
+        "previous",
+        "room",
+        "seen",
+        "sockets",
+    )
+
+    def __init__(self) -> None:
+        self.sockets: list[socket | None] = []
+        self.card: list[bytes] = []
+        self.room: list[RoomRecord | None] = []
+        self.number = array("Q")
+        #: Offsets in the byte stream after the handshake.
+        self.consumed = array("Q")
+        self.parsed = array("Q")
+        #: End of the newest message that was dispatched.
+        self.last_end = array("Q")
+        #: When a byte last came, in whole seconds of the gateway's clock.
+        self.seen = array("I")
+        self.next = array("I")
+        self.previous = array("I")
+        self.phase = bytearray()
+        self.flags = bytearray()
+        self.count = 0
+        self._free: array[int] = array("I")
+        self._by_descriptor = array("I")
+        self._index = array("I", [NONE]) * 64
+        self._index_mask = 63
+        self._index_used = 0
+
+    def __len__(self) -> int:
+        """How many rows the columns have, free ones included."""
+        return len(self.number)
+
+    def allocate(self, number: int, sock: socket | None, room: "RoomRecord", card: bytes, now: int) -> int:
+        """Take a slot for a new connection, in phase ADMITTING."""
+        if self._free:
+            slot = self._free.pop()
+            self.sockets[slot] = sock
+            self.card[slot] = card
+            self.room[slot] = room
+            self.number[slot] = number
+            self.consumed[slot] = self.parsed[slot] = self.last_end[slot] = 0
+            self.seen[slot] = now
+            self.next[slot] = self.previous[slot] = NONE
+            self.phase[slot] = ADMITTING
+            self.flags[slot] = 0
+        else:
+            slot = len(self.number)
+            self.sockets.append(sock)
+            self.card.append(card)
+            self.room.append(room)
+            self.number.append(number)
+            self.consumed.append(0)
+            self.parsed.append(0)
+            self.last_end.append(0)
+            self.seen.append(now)
+            self.next.append(NONE)
+            self.previous.append(NONE)
+            self.phase.append(ADMITTING)
+            self.flags.append(0)
+        self.count += 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give the slot back; the socket must be closed, the row unlinked."""
+        self.sockets[slot] = None
+        self.card[slot] = b""
+        self.room[slot] = None
+        self.number[slot] = 0
+        self.phase[slot] = FREE
+        self.flags[slot] = 0
+        self.count -= 1
+        self._free.append(slot)
+
+    def watch(self, descriptor: int, slot: int) -> None:
+        """Remember which connection a descriptor belongs to."""
+        table = self._by_descriptor
+        if descriptor >= len(table):
+            table.extend([NONE] * (descriptor + 1 - len(table) + len(table) // 8))
+        table[descriptor] = slot
+
+    def unwatch(self, descriptor: int) -> None:
+        """The descriptor belongs to no connection any more."""
+        self._by_descriptor[descriptor] = NONE
+
+    def by_descriptor(self, descriptor: int) -> int:
+        """The slot of a descriptor, or NONE."""
+        table = self._by_descriptor
+        return table[descriptor] if descriptor < len(table) else NONE
+
+    def holds(self, slot: int, number: int) -> bool:
+        """Whether the slot still holds the connection with this number."""
+        return slot < len(self.number) and self.number[slot] == number
+
+    # The index by room and id is a hash table in one array: 4 bytes an entry where a dict takes 100. A
+    # deleted entry leaves no mark: the run behind it moves up (Knuth, volume 3, 6.4, algorithm R).
+
+    def index(self, slot: int, connection_id: str) -> None:
+        """Make the connection findable by room and id."""
+        if 3 * self._index_used >= 2 * len(self._index):
+            self._grow()
+        self._insert(slot, hash((id(self.room[slot]), connection_id)))
+        self._index_used += 1
+
+    def find(self, room: "RoomRecord", connection_id: str) -> int | None:
+        """The slot of the room's connection with this id."""
+        table, mask = self._index, self._index_mask
+        start = connection_id.encode() + b"\xfe"
+        position = hash((id(room), connection_id)) & mask
+        while (slot := table[position]) != NONE:
+            if self.room[slot] is room and self.card[slot].startswith(start):
+                return slot
+            position = (position + 1) & mask
+        return None
+
+    def unindex(self, slot: int) -> None:
+        """Take the connection out of the index; nothing happens if it is not in it."""
+        table, mask = self._index, self._index_mask
+        position = self._home(slot)
+        while table[position] != slot:
+            if table[position] == NONE:
+                return
+            position = (position + 1) & mask
+        self._index_used -= 1
+        hole = position
+        while True:
+            position = (position + 1) & mask
+            follower = table[position]
+            if follower == NONE:
+                break
+            home = self._home(follower)
+            # The follower may fill the hole unless its home lies cyclically behind the hole.
+            if (position - home) & mask >= (position - hole) & mask:
+                table[hole] = follower
+                hole = position
+        table[hole] = NONE
+
+    def _home(self, slot: int) -> int:
+        connection_id, _, _ = self.card[slot].partition(b"\xfe")
+        return hash((id(self.room[slot]), connection_id.decode())) & self._index_mask
+
+    def _insert(self, slot: int, hashed: int) -> None:
+        table, mask = self._index, self._index_mask
+        position = hashed & mask
+        while table[position] != NONE:
+            position = (position + 1) & mask
+        table[position] = slot
+
+    def _grow(self) -> None:
+        old = self._index
+        self._index = array("I", [NONE]) * (2 * len(old))
+        self._index_mask = len(self._index) - 1
+        for slot in old:
+            if slot != NONE:
+                connection_id = read_card(self.card[slot])[0]
+                self._insert(slot, hash((id(self.room[slot]), connection_id)))

@@ -1,0 +1,202 @@
+"""HTTP requests on their way to a host and back.
+
+Owns the numbers of requests in progress, what is needed to ask again, and the flow of streamed answers. Must
+not parse HTTP. Peers: `http` (clients' side), `links` (hosts' side), `hibernation.host`.
+
+A request whose turn has not begun when its host goes is answered 503, one whose turn has begun 502: it may
+have taken effect (S26). While a host retires, or is not there yet, a request waits [WAIT_SECONDS] for the
+next one.
+"""
+
+import math
+from collections.abc import AsyncGenerator
+from typing import Any, Final
+
+import trio
+
+from broker.gateway.http import HttpReply, HttpRequest, RequestRefused
+from broker.gateway.links import HostLink, Links
+from broker.gateway.parties import PartyView
+from hibernation import wire
+
+#: How long a request waits for a host that is being replaced.
+WAIT_SECONDS: Final = 10.0
+RETRY_AFTER: Final = (("retry-after", "1"),)
+
+
+class Pending:
+    """One request in progress."""
+
+    __slots__ = ("answered", "begun", "chunks", "host", "item", "refused", "reply", "shard", "whole")
+
+    def __init__(self, item: list[Any], shard: int) -> None:
+        self.item = item
+        self.shard = shard
+        self.host: HostLink | None = None
+        self.begun = False
+        self.answered = trio.Event()
+        self.reply: HttpReply | None = None
+        self.refused: RequestRefused | None = None
+        self.chunks: trio.MemorySendChannel[bytes] | None = None
+        self.whole = False
+
+
+class Forward:
+    """See the module."""
+
+    def __init__(self, links: Links, flush: Any) -> None:
+        self._links = links
+        self._flush = flush
+        self._number = 0
+        self._pending: dict[int, Pending] = {}
+        self.parties: dict[str, PartyView] = {}
+        self.requests = 0
+
+    async def request(self, request: HttpRequest) -> HttpReply:
+        """Have a room, or `on_fetch`, answer.
+
+        Raises:
+            RequestRefused: 404 for what does not exist, 503 or 502 when the host is not there any more.
+        Cancellation: the client has left; so the turn is cancelled, if it still runs.
+        """
+        self.requests += 1
+        if not self.parties:
+            with trio.move_on_after(WAIT_SECONDS):
+                while not self.parties:
+                    await trio.sleep(0.05)
+            if not self.parties:
+                raise RequestRefused(503, "not ready", RETRY_AFTER)
+        if request.room is None:
+            party = self.parties.get("main")
+            if party is None or not party.wants_fetch:
+                raise RequestRefused(404, "not found")
+            key, kind, shard = "", wire.FETCH, 0
+        else:
+            party = self.parties.get(request.party or "")
+            if party is None:
+                raise RequestRefused(404, "unknown party")
+            if party.cors is not None and request.method == "OPTIONS" and _is_preflight(request.headers):
+                return HttpReply(204, list(party.cors))
+            if not party.wants_request:
+                raise RequestRefused(404, "this party answers no requests")
+            key, kind = f"{party.name}/{request.room}", wire.REQUEST
+            shard = wire.partition_of(key) % self._links.shard_count
+        self._number = number = self._number + 1
+        fields = request.fields()
+        fields["party"] = party.name
+        pending = Pending([kind, key, number, fields], shard)
+        self._pending[number] = pending
+        try:
+            self._ask(pending)
+            await pending.answered.wait()
+        except BaseException:
+            self._pending.pop(number, None)
+            if pending.host is not None:
+                pending.host.put([wire.CANCEL, number])
+                self._flush()
+            raise
+        if pending.refused is not None:
+            raise pending.refused
+        reply = pending.reply
+        assert reply is not None
+        if party.cors is not None:
+            given = {name.lower() for name, _ in reply.headers}
+            more = [(name, value) for name, value in party.cors if name.lower() not in given]
+            reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
+        return reply
+
+    def _ask(self, pending: Pending) -> None:
+        host = self._links.by_shard[pending.shard]
+        if host is None or host.retiring:
+            return  # asked when the next one is there
+        pending.host = host
+        host.put(pending.item)
+        self._flush()
+
+    # --- What hosts say
+    # --------------------------------------------------------------------------------------------
+
+    def begun(self, number: int) -> None:
+        """The turn runs."""
+        pending = self._pending.get(number)
+        if pending is not None:
+            pending.begun = True
+
+    def respond(self, number: int, status: int, headers: list[Any], body: bytes | None) -> None:
+        """The head of the answer, and its body unless that comes in chunks."""
+        pending = self._pending.get(number)
+        if pending is None or pending.reply is not None:
+            return
+        pairs = [(name, value) for name, value in headers]
+        if body is None:
+            send, receive = trio.open_memory_channel[bytes](
+                math.inf
+            )  # bounded by the credit that the host has
+            pending.chunks = send
+            pending.reply = HttpReply(status, pairs, self._stream(number, pending, receive))
+        else:
+            del self._pending[number]
+            pending.reply = HttpReply(status, pairs, body)
+        pending.answered.set()
+
+    def chunk(self, number: int, data: bytes) -> None:
+        """A piece of a streamed answer."""
+        pending = self._pending.get(number)
+        if pending is not None and pending.chunks is not None:
+            pending.chunks.send_nowait(data)
+
+    def finish(self, number: int, whole: bool) -> None:
+        """A streamed answer has ended, well or not."""
+        pending = self._pending.pop(number, None)
+        if pending is not None and pending.chunks is not None:
+            pending.whole = whole
+            pending.chunks.close()
+
+    async def _stream(
+        self, number: int, pending: Pending, receive: trio.MemoryReceiveChannel[bytes]
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in receive:
+                yield data
+                if pending.host is not None:
+                    pending.host.put([wire.CREDIT, number, 1])
+                    self._flush()
+            if not pending.whole:
+                raise RuntimeError("the room's code, or its host, ended before the answer did")
+        finally:
+            receive.close()
+            if self._pending.pop(number, None) is not None and pending.host is not None:
+                pending.host.put([wire.CANCEL, number])
+                self._flush()
+
+    # --- Hosts come and go
+    # -----------------------------------------------------------------------------------------
+
+    def host_gone(self, host: HostLink) -> None:
+        """Its turns are lost, and requests are not redelivered."""
+        for number, pending in list(self._pending.items()):
+            if pending.host is not host:
+                continue
+            pending.host = None
+            if pending.chunks is not None:
+                self.finish(number, False)
+            elif pending.begun:
+                del self._pending[number]
+                pending.refused = RequestRefused(502, "the room's host has died")
+                pending.answered.set()
+            elif not host.retiring:
+                del self._pending[number]
+                pending.refused = RequestRefused(503, "the room's host has died", RETRY_AFTER)
+                pending.answered.set()
+
+    def host_came(self, host: HostLink) -> None:
+        """Ask what waited for a host."""
+        for pending in self._pending.values():
+            if pending.host is None and pending.shard in host.shards and pending.reply is None:
+                pending.host = host
+                host.put(pending.item)
+
+
+def _is_preflight(headers: list[tuple[str, str]]) -> bool:
+    names = {name for name, _ in headers}
+    return "origin" in names and "access-control-request-method" in names

@@ -1,0 +1,506 @@
+"""Receiving: the kernel's receive buffer is the inbox. Frames are peeked, dispatched, and consumed when
+acknowledged.
+
+Owns the offsets of every connection (`parsed`, `consumed`, `last_end`), the readers of fragmented messages,
+and the spill files of messages too large to stay in the kernel. Must not end connections or know rooms' code;
+it reports to `Lifecycle`. Peers: `frames` (pure), `links` (where messages go), `spill`.
+
+A pass over one connection (`pump`): peek everything that is there; skip what is parsed already; give each
+whole message to the room's host; note how far it got. Nothing is consumed by that. An acknowledgement
+(`acknowledge`) consumes up to the end of its message, and looks again only if the last pass had to leave
+something (the flag DEFERRED): with edge-triggered epoll everything that came since the last peek has caused
+an event of its own.
+
+A message that would not fit into the kernel's buffer [inbox_bytes_max] is moved, as it comes and as it came,
+into a spill file; what is in the file counts as consumed. That begins only when every earlier message is
+acknowledged, and never takes a byte beyond the end of the frame at hand, so file and kernel together are
+always one unbroken stream.
+"""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from broker.gateway.connections import (
+    CLOSED,
+    DEFERRED,
+    GONE,
+    OPEN,
+    READER,
+    Connections,
+)
+from broker.gateway.frames import CLOSE as CLOSE_FRAME
+from broker.gateway.frames import Close, Message, MessageReader, Ping, Violation, frame_header, take_message
+from broker.gateway.links import HostLink, Links
+from broker.gateway.rooms import RoomRecord
+from broker.gateway.spill import SpillFile, Spills
+from hibernation import wire
+from hibernation.settings import Settings
+
+#: Peeked at once: more than the kernel keeps with SO_RCVBUF at its default setting.
+PEEK_BYTES: Final = 512 * 1024
+MSG_PEEK: Final = socket.MSG_PEEK
+MSG_TRUNC: Final = socket.MSG_TRUNC
+MESSAGE: Final = wire.MESSAGE
+
+
+class Reading:
+    """A message in the making that is more than one whole frame in the kernel."""
+
+    __slots__ = ("complete", "file", "frame_end", "frame_start", "frames", "reader", "start")
+
+    def __init__(self, start: int, limit_bytes: int) -> None:
+        self.reader = MessageReader(limit_bytes)
+        #: Where its first frame begins.
+        self.start = start
+        self.file: SpillFile | None = None
+        #: While spilling: the frame that is being moved; its end is 0 until its header has come.
+        self.frame_start = start
+        self.frame_end = 0
+        #: While spilling: the frames in the file.
+        self.frames: list[tuple[int, int]] = []
+        #: Dispatched from the file, not yet acknowledged.
+        self.complete = False
+
+
+class Inbox:
+    """See the module."""
+
+    def __init__(
+        self, connections: Connections, links: Links, settings: Settings, spill_directory: Path
+    ) -> None:
+        self._connections = connections
+        self._links = links
+        self._inflight_bytes_max = settings.connection_inflight_bytes_max
+        self._inbox_bytes_max = settings.inbox_bytes_max
+        self._buffer = bytearray(PEEK_BYTES)
+        self._readings: dict[int, Reading] = {}
+        self._spills = Spills(spill_directory, settings.spill_bytes_max)
+        self._spill_waiting: list[int] = []
+        #: State of the few connections that have one.
+        self.states: dict[int, bytes] = {}
+        self.messages = 0
+        # What happens beside messages; set by the lifecycle, which is made after the inbox.
+        self.on_ping: Callable[[int, bytes], None]
+        self.on_close_frame: Callable[[int, int, str], None]
+        self.on_violation: Callable[[int, int, str], None]
+        self.on_gone: Callable[[int], None]
+
+    # --- Reading
+    # -------------------------------------------------------------------------------------------------
+
+    def pump(self, slot: int) -> None:
+        """Look at what the kernel holds for a connection and dispatch what is whole, within the bounds of
+        S24.
+        """
+        table = self._connections
+        flags = table.flags
+        if table.phase[slot] != OPEN:
+            flags[slot] |= DEFERRED
+            return
+        room = table.room[slot]
+        assert room is not None
+        link = self._links.by_shard[room.shard]
+        consumed = table.consumed[slot]
+        position = before = table.parsed[slot] - consumed
+        if (
+            link is None
+            or position >= self._inflight_bytes_max
+            or room.inflight_events >= room.events_max
+            or room.inflight_bytes >= room.bytes_max
+            or link.inflight_bytes >= link.bytes_max
+        ):
+            self._defer(slot, room, link)
+            return
+        reading = self._readings.get(slot) if flags[slot] & READER else None
+        if reading is not None and reading.file is not None:
+            self._spill(slot, reading, room, link)
+            return
+        buffer = self._buffer
+        try:
+            end = table.sockets[slot].recv_into(buffer, PEEK_BYTES, MSG_PEEK)  # type: ignore[union-attr]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.on_gone(slot)
+            return
+        limit = room.party.message_bytes_max
+        wants = room.party.wants_message
+        spill: Reading | None = None
+        deferred = False
+        while position < end:
+            taken = take_message(buffer, position, end, limit) if reading is None else None
+            if taken is not None:
+                data, position = taken
+                if wants:
+                    self._dispatch(slot, room, link, consumed + position, data)
+                    if position >= self._inflight_bytes_max or room.inflight_events >= room.events_max:
+                        deferred = position < end
+                        break
+                continue
+            try:
+                header = frame_header(buffer, position, end)
+                if header is None:
+                    break
+                if reading is None:
+                    reading = Reading(consumed + position, limit)
+                reading.reader.check_header(header)
+                size = header.header_bytes + header.length
+                if position + size > end:
+                    if consumed + position + size - reading.start > self._inbox_bytes_max:
+                        reading.frame_start = consumed + position
+                        reading.frame_end = reading.frame_start + size
+                        spill = reading
+                    elif reading.reader.idle:
+                        reading = None
+                    break
+                events = reading.reader.feed(bytes(buffer[position : position + size]))
+            except Violation as violation:
+                self._note(slot, table, room, link, before, position, reading)
+                self.on_violation(slot, violation.code, violation.reason)
+                return
+            position += size
+            closed = False
+            for event in events:
+                if type(event) is Message:
+                    if wants:
+                        self._dispatch(slot, room, link, consumed + position, event.data)
+                elif type(event) is Ping:
+                    self.on_ping(slot, event.payload)
+                elif type(event) is Close:
+                    closed = True
+                    self._note(slot, table, room, link, before, position, reading)
+                    self.on_close_frame(slot, event.code, event.reason)
+            if closed:
+                return
+            if reading.reader.idle:
+                reading = None
+            elif consumed + position - reading.start > self._inbox_bytes_max:
+                reading.frame_start, reading.frame_end = consumed + position, 0
+                spill = reading
+                break
+        self._note(slot, table, room, link, before, position, reading)
+        if spill is not None:
+            self._begin_spill(slot, spill, room, link)
+        elif deferred or end == PEEK_BYTES:
+            flags[slot] |= DEFERRED
+        elif flags[slot] & GONE:
+            self.on_gone(slot)
+
+    def _note(
+        self,
+        slot: int,
+        table: Connections,
+        room: RoomRecord,
+        link: HostLink,
+        before: int,
+        position: int,
+        reading: Reading | None,
+    ) -> None:
+        """End of a pass: remember how far it got, and consume what waits for nobody."""
+        base = table.consumed[slot]
+        parsed = table.parsed[slot] = base + position
+        moved = position - before
+        room.inflight_bytes += moved
+        link.inflight_bytes += moved
+        if reading is None:
+            if table.flags[slot] & READER:
+                table.flags[slot] &= ~READER
+                del self._readings[slot]
+        else:
+            table.flags[slot] |= READER
+            self._readings[slot] = reading
+        if table.last_end[slot] <= base and position:
+            # Nothing is in flight: control frames, and messages that no hook wants, go at once.
+            self._consume(slot, parsed if reading is None else reading.start, room, link)
+
+    def _dispatch(self, slot: int, room: RoomRecord, link: HostLink, end: int, data: str | bytes) -> None:
+        table = self._connections
+        room.inflight_events += 1
+        self.messages += 1
+        table.last_end[slot] = end
+        states = self.states
+        link.put(
+            [
+                MESSAGE,
+                room.key,
+                slot,
+                table.number[slot],
+                table.card[slot],
+                states.get(slot) if states else None,
+                end,
+                data,
+            ]
+        )
+
+    def _defer(self, slot: int, room: RoomRecord, link: HostLink | None) -> None:
+        """Leave a connection's data for later: until its own, its room's or its link's next
+        acknowledgement.
+        """
+        flags = self._connections.flags
+        if flags[slot] & DEFERRED:
+            return
+        flags[slot] |= DEFERRED
+        if link is None:
+            return  # when the host is back every connection of its shards is looked at
+        if room.inflight_events >= room.events_max or room.inflight_bytes >= room.bytes_max:
+            room.wait(slot)
+        elif link.inflight_bytes >= link.bytes_max:
+            link.waiting.append(slot)
+
+    # --- Acknowledgements
+    # ----------------------------------------------------------------------------------------
+
+    def acknowledge(self, slot: int, end: int) -> None:
+        """The turn of the message that ends at `end` is over: consume it, and go on with what was left."""
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        link = self._links.by_shard[room.shard]
+        room.inflight_events -= 1
+        flags = table.flags
+        if end >= table.last_end[slot]:
+            target = table.parsed[slot]
+            if flags[slot] & READER:
+                reading = self._readings[slot]
+                if reading.complete:
+                    self._drop_reading(slot)
+                elif reading.file is None:
+                    target = reading.start
+        else:
+            target = end
+        if target > table.consumed[slot]:
+            self._consume(slot, target, room, link)
+        if flags[slot] & DEFERRED:
+            flags[slot] &= ~DEFERRED
+            self.pump(slot)
+        waiting = room.waiting
+        while waiting and room.inflight_events < room.events_max and room.inflight_bytes < room.bytes_max:
+            self._resume(waiting.popleft())
+        if link is not None:
+            while link.waiting and link.inflight_bytes < link.bytes_max:
+                self._resume(link.waiting.popleft())
+
+    def _resume(self, slot: int) -> None:
+        flags = self._connections.flags
+        if flags[slot] & DEFERRED:
+            flags[slot] &= ~DEFERRED
+            self.pump(slot)
+
+    def in_flight(self, slot: int) -> bool:
+        """Whether a message of this connection is with its host."""
+        table = self._connections
+        if table.last_end[slot] > table.consumed[slot]:
+            return True
+        reading = self._readings.get(slot) if table.flags[slot] & READER else None
+        return reading is not None and reading.complete
+
+    def _consume(self, slot: int, target: int, room: RoomRecord, link: HostLink | None) -> None:
+        """Take everything before `target` out of the kernel."""
+        table = self._connections
+        count = target - table.consumed[slot]
+        if count <= 0:
+            return
+        room.inflight_bytes -= count
+        if link is not None:
+            link.inflight_bytes -= count
+        table.consumed[slot] = target
+        if table.phase[slot] == CLOSED:
+            return  # the socket, and what was left in it, has gone
+        sock = table.sockets[slot]
+        try:
+            while count:
+                taken = sock.recv_into(self._buffer, min(count, PEEK_BYTES), MSG_TRUNC)  # type: ignore[union-attr]
+                if not taken:
+                    return
+                count -= taken
+        except OSError:
+            return  # the end is noticed where it is looked for
+
+    # --- The host has died
+    # -----------------------------------------------------------------------------------------
+
+    def forget_in_flight(self, slot: int) -> None:
+        """Nothing that was dispatched has been acknowledged: look at it all again when the next host is
+        there.
+        """
+        table = self._connections
+        reading = self._readings.get(slot)
+        if reading is not None and reading.file is None:
+            self._drop_reading(slot)
+        table.parsed[slot] = table.last_end[slot] = table.consumed[slot]
+        table.flags[slot] |= DEFERRED
+
+    def look_again(self, slot: int) -> None:
+        """A host is there (again): dispatch what waits."""
+        table = self._connections
+        reading = self._readings.get(slot) if table.flags[slot] & READER else None
+        room = table.room[slot]
+        if reading is not None and reading.complete and room is not None:
+            link = self._links.by_shard[room.shard]
+            if link is not None:
+                self._deliver_spilled(slot, reading, room, link)
+        elif table.flags[slot] & DEFERRED:
+            table.flags[slot] &= ~DEFERRED
+            self.pump(slot)
+
+    def drop(self, slot: int) -> None:
+        """The connection has ended."""
+        self._drop_reading(slot)
+        self.states.pop(slot, None)
+
+    def discard(self, slot: int) -> tuple[bool, bool]:
+        """In phase CLOSING: throw data away up to the peer's Close frame. Returns (closed, ended)."""
+        table = self._connections
+        buffer = self._buffer
+        while True:
+            try:
+                end = table.sockets[slot].recv_into(buffer, PEEK_BYTES, MSG_PEEK)  # type: ignore[union-attr]
+            except BlockingIOError:
+                return False, False
+            except OSError:
+                return False, True
+            if not end:
+                return False, True
+            waits = table.last_end[slot] > table.consumed[slot]
+            position = table.parsed[slot] - table.consumed[slot]
+            while position < end:
+                try:
+                    header = frame_header(buffer, position, end)
+                except Violation:
+                    return False, True
+                if header is None:
+                    break
+                if header.opcode == CLOSE_FRAME:
+                    return True, False
+                position += header.header_bytes + header.length
+            table.parsed[slot] = table.consumed[slot] + position
+            if waits or position < end:
+                return False, False
+            # Nobody waits for any of this: take it out as it comes.
+            table.consumed[slot] += table.sockets[slot].recv_into(buffer, end)  # type: ignore[union-attr]
+
+    # --- Messages too large for the kernel's buffer
+    # ------------------------------------------------------------------
+
+    def _begin_spill(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
+        table = self._connections
+        if table.last_end[slot] > table.consumed[slot]:
+            table.flags[slot] |= DEFERRED  # earlier messages first
+            return
+        if not self._spills.has_room:
+            self._spill_waiting.append(slot)
+            table.flags[slot] |= DEFERRED
+            return
+        reading.file = self._spills.create(table.number[slot], reading.start)
+        self._spill(slot, reading, room, link)
+
+    def _spill(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
+        """Move what has come into the file, frame by frame, until the message is whole or there is no
+        more.
+        """
+        table = self._connections
+        file, buffer, sock = reading.file, self._buffer, table.sockets[slot]
+        assert file is not None and sock is not None
+        if reading.complete:
+            table.flags[slot] |= DEFERRED  # the next message may wait until this one is acknowledged
+            return
+        limit = reading.frame_end
+        while True:
+            try:
+                count = sock.recv_into(buffer, PEEK_BYTES, MSG_PEEK)
+            except BlockingIOError:
+                return
+            except OSError:
+                count = 0
+            if not count:
+                self.on_gone(slot)
+                return
+            consumed = table.consumed[slot]
+            try:
+                if not reading.frame_end and consumed >= reading.frame_start:
+                    header = frame_header(buffer, 0, count)
+                    if header is None:
+                        if table.flags[slot] & GONE:
+                            self.on_gone(slot)
+                        return
+                    reading.reader.check_header(header)
+                    reading.frame_end = reading.frame_start + header.header_bytes + header.length
+                limit = reading.frame_end or reading.frame_start
+                count = min(count, limit - consumed)
+                file.append(memoryview(buffer)[:count])
+                self._spills.grew(count)
+                self._take(slot, sock, count)
+                if table.consumed[slot] == reading.frame_end and self._frame_spilled(
+                    slot, reading, room, link
+                ):
+                    return
+            except Violation as violation:
+                self.on_violation(slot, violation.code, violation.reason)
+                return
+
+    def _take(self, slot: int, sock: socket.socket, count: int) -> None:
+        table = self._connections
+        left = count
+        while left:
+            left -= sock.recv_into(self._buffer, left, MSG_TRUNC)
+        table.consumed[slot] += count
+        if table.parsed[slot] < table.consumed[slot]:
+            table.parsed[slot] = table.consumed[slot]
+        else:
+            # Bytes that an earlier pass had parsed and counted as in flight.
+            room = table.room[slot]
+            assert room is not None
+            link = self._links.by_shard[room.shard]
+            room.inflight_bytes -= count
+            if link is not None:
+                link.inflight_bytes -= count
+
+    def _frame_spilled(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> bool:
+        """A frame is whole in the file. True: so is the message, or the connection has ended."""
+        assert reading.file is not None
+        start, end = reading.frame_start, reading.frame_end
+        frame = reading.file.read(start, end)
+        reading.frames.append((start, end))
+        reading.frame_start, reading.frame_end = end, 0
+        for event in reading.reader.feed(frame):
+            if type(event) is Message:
+                reading.complete = True
+                if room.party.wants_message:
+                    self._dispatch(slot, room, link, end, event.data)
+                else:
+                    self._drop_reading(slot)
+                    self.pump(slot)
+                return True
+            if type(event) is Ping:
+                self.on_ping(slot, event.payload)
+            elif type(event) is Close:
+                self.on_close_frame(slot, event.code, event.reason)
+                return True
+        return False
+
+    def _deliver_spilled(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
+        """Once more to the next host: the message is read from its file."""
+        assert reading.file is not None
+        reader = MessageReader(room.party.message_bytes_max)
+        for start, end in reading.frames:
+            for event in reader.feed(reading.file.read(start, end)):
+                if type(event) is Message:
+                    self._dispatch(slot, room, link, end, event.data)
+
+    def _drop_reading(self, slot: int) -> None:
+        flags = self._connections.flags
+        if not flags[slot] & READER:
+            return
+        flags[slot] &= ~READER
+        reading = self._readings.pop(slot)
+        if reading.file is not None:
+            self._spills.shrank(reading.file.size)
+            reading.file.delete()
+            if self._spill_waiting:
+                waiting, self._spill_waiting = self._spill_waiting, []
+                for other in waiting:
+                    if flags[other] & DEFERRED and other != slot:
+                        flags[other] &= ~DEFERRED
+                        self.pump(other)

@@ -1,0 +1,710 @@
+"""From the upgrade to the close turn: the life of each connection, as transitions of its phase.
+
+Owns every change of `phase`, the registry's rows, and the few facts that only connections in transition have.
+Must not parse frames or look at effects. Peers: `doors` (who may come in), `inbox` and `outbox` (bytes),
+`links` (connect and close turns), `storage.registry`.
+
+    ADMITTING ──▶ STORING ──row committed, 101──▶ CONNECTING ──connect turn──▶ OPEN
+                                                                               │ peer's Close, its end, our
+                                                                               verdict
+    FREE ◀──close turn acknowledged── CLOSED ◀──────── ENDING ◀────────────────┤ (turns of what was read are
+    awaited)
+                                         ▲                                     │
+                                         └───────────── CLOSING ◀──our Close───┘ (the peer's Close is awaited)
+
+Invariants:
+    F1  a client that has read its 101 has a committed row
+    F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
+    last message's F3  the socket is open as long as a turn of one of its messages may have to be run again
+"""
+
+import contextlib
+import socket
+from collections import deque
+from dataclasses import dataclass, field
+from time import time
+from typing import Any
+
+from broker.gateway.connections import (
+    CLOSED,
+    CLOSING,
+    CONNECTING,
+    DEFERRED,
+    ENDING,
+    GONE,
+    OPEN,
+    PINGED,
+    STORING,
+    Connections,
+)
+from broker.gateway.frames import encode_close, encode_ping, encode_pong
+from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT, EPOLLPRI, Hub
+from broker.gateway.inbox import Inbox
+from broker.gateway.links import HostLink, Links
+from broker.gateway.outbox import SLOW, Sender
+from broker.gateway.rooms import RoomRecord, Rooms
+from hibernation import wire
+from hibernation.logs import get_logger
+from hibernation.settings import Settings
+from storage.registry import RegistryBatch, Row
+
+log = get_logger("lifecycle")
+
+
+@dataclass(slots=True)
+class Newcomer:
+    """What is known of a connection until its connect turn has ended."""
+
+    head: bytes
+    head_bytes: int
+    fields: dict[str, Any]
+    connection_id: str
+    uri: str
+    address: str
+
+
+@dataclass(slots=True)
+class Ending:
+    """How a connection ends. `answered`: our Close frame is out, or must never be."""
+
+    code: int
+    reason: str
+    clean: bool
+    cause: str
+    answered: bool = False
+
+
+@dataclass(slots=True)
+class Probe:
+    """A ping to a live connection whose id somebody else brings, and who waits for what comes of it."""
+
+    newcomers: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Lifecycle:
+    """See the module."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        connections: Connections,
+        rooms: Rooms,
+        links: Links,
+        inbox: Inbox,
+        sender: Sender,
+        settings: Settings,
+    ) -> None:
+        self._hub = hub
+        self._connections = connections
+        self._rooms = rooms
+        self._links = links
+        self._inbox = inbox
+        self._sender = sender
+        self._close_seconds = settings.close_timeout_seconds
+        self._ping_interval = round(settings.ping_interval_seconds)
+        self._ping_timeout = round(settings.ping_timeout_seconds)
+        self.batch = RegistryBatch()
+        self.storing: list[tuple[int, int]] = []
+        self._newcomers: dict[int, Newcomer] = {}
+        self._endings: dict[int, Ending] = {}
+        self._probes: dict[int, Probe] = {}
+        self._lingering: dict[int, socket.socket] = {}
+        self._sweep = 0
+        self.addresses: dict[str, int] = {}
+        self._address_of: dict[int, str] = {}
+        #: Some connection is being read again up to where it ended before its host died.
+        self.reopened = False
+        self.draining = False
+        self.accepted = 0
+        self.closes: dict[str, int] = {}
+        inbox.on_ping = self.ping_came
+        inbox.on_close_frame = self.close_frame_came
+        inbox.on_violation = self.violated
+        inbox.on_gone = self.gone
+
+    @property
+    def _now(self) -> int:
+        return int(self._hub.now)
+
+    # --- Coming in
+    # -----------------------------------------------------------------------------------------------
+
+    def store(self, slot: int) -> None:
+        """Everybody agrees: write the row. The 101 follows its commit."""
+        table = self._connections
+        newcomer = self._newcomers[slot]
+        room = table.room[slot]
+        assert room is not None
+        table.phase[slot] = STORING
+        number = table.number[slot]
+        party, _, room_id = room.key.partition("/")
+        self.batch.open(number, party, room_id, newcomer.connection_id, newcomer.uri, time())
+        self.storing.append((slot, number))
+
+    def introduce(self, slot: int, newcomer: Newcomer) -> None:
+        """A slot has been allocated for an upgrade that is not yet decided."""
+        self._newcomers[slot] = newcomer
+
+    def newcomer(self, slot: int) -> Newcomer:
+        """What is known of a connection in phase ADMITTING."""
+        return self._newcomers[slot]
+
+    def turn_away(self, slot: int, answer: bytes) -> None:
+        """An upgrade is refused after all: answer in HTTP and forget it."""
+        sock = self._forget(slot)
+        self.say_goodbye(sock, answer)
+
+    def turn_away_open(self, slot: int, answer: bytes, code: int, reason: str) -> None:
+        """An upgrade is refused with a close code, which only an open client can read."""
+        newcomer = self._newcomers[slot]
+        sock = self._forget(slot)
+        with contextlib.suppress(OSError):
+            sock.recv(newcomer.head_bytes)
+        self.say_goodbye(sock, answer + encode_close(code, reason))
+
+    def _forget(self, slot: int) -> socket.socket:
+        table = self._connections
+        sock, room = table.sockets[slot], table.room[slot]
+        assert sock is not None and room is not None
+        self._newcomers.pop(slot, None)
+        table.unindex(slot)
+        table.unwatch(sock.fileno())
+        table.release(slot)
+        self._rooms.forget_if_empty(room)
+        return sock
+
+    def committed(self, stored: list[tuple[int, int]]) -> None:
+        """Rows are on disk: answer 101, and let the connect turns begin."""
+        table = self._connections
+        for slot, number in stored:
+            if not table.holds(slot, number):
+                continue
+            room, sock = table.room[slot], table.sockets[slot]
+            assert room is not None and sock is not None
+            newcomer = self._newcomers[slot]
+            if self.draining:
+                self.batch.forget(number)
+                self.turn_away(
+                    slot,
+                    b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
+                )
+                continue
+            try:
+                sock.recv(newcomer.head_bytes)
+                sent = sock.send(newcomer.head)
+            except OSError:
+                sent = 0
+            if sent != len(newcomer.head):
+                # The client left before it was one.
+                self.batch.forget(number)
+                self._forget(slot)
+                sock.close()
+                continue
+            self.accepted += 1
+            address = newcomer.address
+            self._address_of[number] = address
+            self.addresses[address] = self.addresses.get(address, 0) + 1
+            self._rooms.link(slot)
+            table.seen[slot] = self._now
+            if room.party.wants_connect:
+                table.phase[slot] = CONNECTING
+                self._ask_connect(slot, room)
+            else:
+                table.phase[slot] = OPEN
+                del self._newcomers[slot]
+            self._hub.park(sock.fileno())
+
+    def not_committed(self, stored: list[tuple[int, int]], answer: bytes) -> None:
+        """The registry could not be written: nobody of these comes in."""
+        for slot, number in stored:
+            if self._connections.holds(slot, number):
+                self.turn_away(slot, answer)
+
+    def _ask_connect(self, slot: int, room: RoomRecord) -> None:
+        table = self._connections
+        link = self._links.by_shard[room.shard]
+        if link is None:
+            return  # asked when the host is there
+        room.inflight_events += 1
+        state = self._inbox.states.get(slot)
+        fields = self._newcomers[slot].fields
+        link.put([wire.CONNECT, room.key, slot, table.number[slot], table.card[slot], state, fields])
+
+    def connected(self, slot: int, number: int, failed: bool) -> None:
+        """The connect turn has ended: frames may come, unless it failed (S9)."""
+        table = self._connections
+        if not table.holds(slot, number):
+            return
+        room = table.room[slot]
+        assert room is not None
+        room.inflight_events -= 1
+        self._newcomers.pop(slot, None)
+        phase = table.phase[slot]
+        if phase == CONNECTING:
+            table.phase[slot] = OPEN
+            if failed:
+                self.close(slot, 1011, "", "server_close")
+            else:
+                self.resume(slot)
+        elif phase in (ENDING, CLOSING):
+            self._finish_if_done(slot)
+
+    def resume(self, slot: int) -> None:
+        """Look at what came while nothing could be read."""
+        flags = self._connections.flags
+        if flags[slot] & DEFERRED:
+            flags[slot] &= ~DEFERRED
+            self._inbox.pump(slot)
+
+    # --- What epoll says
+    # -------------------------------------------------------------------------------------------
+
+    def ready(self, slot: int, events: int) -> None:
+        """A parked connection's descriptor has something to say."""
+        table = self._connections
+        if events & EPOLLOUT and self._sender.waiting_bytes(slot) and self._sender.writable(slot):
+            ending = self._endings.get(slot)
+            if ending is not None and ending.answered and table.phase[slot] == ENDING:
+                self._finish_if_done(slot)
+                return
+        if not events & (EPOLLIN | ENDED | EPOLLPRI):
+            return
+        if events & EPOLLIN:
+            table.seen[slot] = self._now
+            if table.flags[slot] & PINGED:
+                table.flags[slot] &= ~PINGED
+                if slot in self._probes:
+                    self._alive(slot)
+        if events & EPOLLPRI:
+            # Urgent data has no place in WebSocket and would be cut out of the stream.
+            self.violated(slot, 1002, "urgent data")
+            return
+        if events & ENDED:
+            table.flags[slot] |= GONE
+        phase = table.phase[slot]
+        if phase == OPEN:
+            self._inbox.pump(slot)
+        elif phase == CLOSING:
+            self._discard(slot)
+        else:
+            table.flags[slot] |= DEFERRED
+            if phase == CONNECTING and events & ENDED:
+                self.gone(slot)
+
+    def _discard(self, slot: int) -> None:
+        """Our Close is out: what comes before the peer's is not for the room any more."""
+        closed, ended = self._inbox.discard(slot)
+        ending = self._endings[slot]
+        if closed or ended or self._connections.flags[slot] & GONE:
+            ending.clean = closed
+            ending.answered = True
+            self._end(slot, ending)
+
+    # --- Control frames
+    # ----------------------------------------------------------------------------------------------
+
+    def ping_came(self, slot: int, payload: bytes) -> None:
+        """Answer a ping (RFC 6455, section 5.5.3); one that cannot be answered soon is not answered at
+        all.
+        """
+        if self._sender.waiting_bytes(slot) < 64 * 1024:
+            self._sender.send(slot, encode_pong(payload))
+
+    def close_frame_came(self, slot: int, code: int, reason: str) -> None:
+        """The peer's Close: answered when the turns before it are acknowledged (S14)."""
+        self._end(slot, Ending(code, reason, True, "client_close"))
+
+    def violated(self, slot: int, code: int, reason: str) -> None:
+        """The peer broke the protocol, or sent too much: say so at once, and end (RFC 6455, section
+        7.1.7).
+        """
+        cause = "too_big" if code == 1009 else "protocol_error"
+        if self._connections.phase[slot] == CLOSING:
+            self._end(slot, Ending(code, reason, False, cause, answered=True))
+            return
+        if slot not in self._endings:
+            self._sender.send(slot, encode_close(code, reason))
+            self._end(slot, Ending(code, reason, False, cause, answered=True))
+        else:
+            self._end(slot, self._endings[slot])
+
+    def gone(self, slot: int) -> None:
+        """The peer has ended its side without a Close, or the connection has failed."""
+        if self._connections.phase[slot] in (OPEN, CONNECTING):
+            self._end(slot, Ending(1006, "", False, "client_gone", answered=True))
+        elif self._connections.phase[slot] == CLOSING:
+            self._end(slot, self._endings[slot])
+
+    def failed(self, slot: int, cause: str) -> None:
+        """Sending does not work: the client has gone, or reads too slowly (S25)."""
+        phase = self._connections.phase[slot]
+        if phase not in (OPEN, CONNECTING, ENDING, CLOSING):
+            return
+        self._sender.drop(slot)
+        if cause == SLOW:
+            # Its buffers are full, so a Close frame has no room either: shut down, and say 1013 to the room.
+            self._end(slot, Ending(1013, "", False, cause, answered=True))
+        else:
+            self._end(slot, Ending(1006, "", False, cause, answered=True))
+
+    # --- Closing
+    # -----------------------------------------------------------------------------------------------------
+
+    def close(self, slot: int, code: int, reason: str, cause: str) -> None:
+        """Close from our side: send Close, wait for the peer's, for close_timeout_seconds at most."""
+        table = self._connections
+        if table.phase[slot] not in (OPEN, CONNECTING):
+            return
+        table.phase[slot] = CLOSING
+        self._rooms.unlink(slot)
+        self._endings[slot] = Ending(code, reason, False, cause, answered=True)
+        self._sender.send(slot, encode_close(code, reason))
+        if table.phase[slot] == CLOSING:
+            self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
+            if table.flags[slot] & (DEFERRED | GONE):
+                table.flags[slot] &= ~DEFERRED
+                self._discard(slot)
+
+    def _close_timeout(self, slot: int, number: int) -> None:
+        table = self._connections
+        if not table.holds(slot, number):
+            return
+        ending = self._endings.get(slot)
+        if ending is None:
+            return
+        if table.phase[slot] == CLOSING:
+            self._end(slot, ending)
+        elif table.phase[slot] == ENDING and not ending.answered:
+            self._answer(slot, ending)
+
+    def _end(self, slot: int, ending: Ending) -> None:
+        """Nothing more is read; the socket stays until no turn of it can have to be run again (F3)."""
+        table = self._connections
+        phase = table.phase[slot]
+        if phase in (ENDING, CLOSED):
+            return
+        ending = self._endings.setdefault(slot, ending)
+        table.phase[slot] = ENDING
+        if ending.answered:
+            self._rooms.unlink(slot)  # nothing more may be sent to it
+        if phase != CLOSING and not ending.answered:
+            self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
+        self._finish_if_done(slot)
+
+    def _answer(self, slot: int, ending: Ending) -> None:
+        ending.answered = True
+        self._rooms.unlink(slot)
+        code = None if ending.code == 1005 else ending.code
+        self._sender.send(slot, encode_close(code, ending.reason if code is not None else ""))
+
+    def _finish_if_done(self, slot: int) -> None:
+        """Every turn of what was read is acknowledged: answer, close the socket, have the close turn run."""
+        table = self._connections
+        if table.phase[slot] != ENDING or self._inbox.in_flight(slot) or slot in self._newcomers:
+            return
+        ending = self._endings[slot]
+        if not ending.answered:
+            self._answer(slot, ending)
+            if table.phase[slot] != ENDING:
+                return
+        if self._sender.waiting_bytes(slot) and ending.cause == "client_close":
+            return  # what was sent before the Close must get out first; epoll or the deadline comes back here
+        self._finish(slot, ending)
+
+    def _finish(self, slot: int, ending: Ending) -> None:
+        table = self._connections
+        room, sock = table.room[slot], table.sockets[slot]
+        assert room is not None and sock is not None
+        number = table.number[slot]
+        self._rooms.unlink(slot)
+        self._probes.pop(slot, None)
+        self._sender.drop(slot)
+        self.closes[ending.cause] = self.closes.get(ending.cause, 0) + 1
+        address = self._address_of.pop(number)
+        left = self.addresses[address] - 1
+        if left:
+            self.addresses[address] = left
+        else:
+            del self.addresses[address]
+        table.unindex(slot)
+        descriptor = sock.fileno()
+        self._hub.unpark(descriptor)
+        table.unwatch(descriptor)
+        table.phase[slot] = CLOSED
+        if ending.cause in ("client_gone", "ping_timeout"):
+            sock.close()
+        else:
+            self._linger(sock)
+        table.sockets[slot] = None
+        if room.party.wants_close:
+            self.batch.closing(number, ending.code, ending.reason, ending.clean, ending.cause)
+            self._ask_close(slot, room, ending)
+        else:
+            self.closed(slot, number)
+
+    def _ask_close(self, slot: int, room: RoomRecord, ending: Ending) -> None:
+        table = self._connections
+        link = self._links.by_shard[room.shard]
+        if link is None:
+            return
+        room.inflight_events += 1
+        link.put(
+            [
+                wire.CLOSE,
+                room.key,
+                slot,
+                table.number[slot],
+                table.card[slot],
+                self._inbox.states.get(slot),
+                ending.code,
+                ending.reason,
+                ending.clean,
+                ending.cause,
+            ]
+        )
+
+    def close_turn_ended(self, slot: int, number: int) -> None:
+        """The close turn is acknowledged: nothing is left of the connection."""
+        table = self._connections
+        if table.holds(slot, number) and table.phase[slot] == CLOSED:
+            room = table.room[slot]
+            assert room is not None
+            room.inflight_events -= 1
+            self.closed(slot, number)
+
+    def closed(self, slot: int, number: int) -> None:
+        """Forget the connection."""
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        self.batch.forget(number)
+        self._inbox.drop(slot)
+        self._endings.pop(slot, None)
+        table.release(slot)
+        self._rooms.forget_if_empty(room)
+
+    def message_acknowledged(self, slot: int) -> None:
+        """A message's turn has ended while the connection is ending."""
+        if self._connections.phase[slot] == ENDING:
+            self._finish_if_done(slot)
+        else:
+            self._end_again(slot)
+
+    def _end_again(self, slot: int) -> None:
+        """A connection that was ending when its host died has been read again up to there."""
+        table = self._connections
+        if table.phase[slot] == OPEN and slot in self._endings and not table.flags[slot] & DEFERRED:
+            self._end(slot, self._endings[slot])
+            self.reopened = any(table.phase[each] == OPEN for each in self._endings)
+
+    # --- Goodbye to sockets
+    # ------------------------------------------------------------------------------------------
+
+    def say_goodbye(self, sock: socket.socket, answer: bytes) -> None:
+        """Send a last answer on a socket that is nobody's, and close it so that the answer is read."""
+        with contextlib.suppress(OSError):
+            sock.send(answer)
+        self._linger(sock)
+
+    def _linger(self, sock: socket.socket) -> None:
+        """Close without destroying what the peer has not read: data unread on our side would turn the close
+        into a RST.
+        """
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            sock.close()
+            return
+        if self._drained(sock):
+            sock.close()
+            return
+        descriptor = sock.fileno()
+        self._lingering[descriptor] = sock
+        self._hub.watch(descriptor, lambda _events: self._lingered(sock), EPOLLIN)
+        self._hub.after(self._close_seconds, self._stop_lingering, sock)
+
+    @staticmethod
+    def _drained(sock: socket.socket) -> bool:
+        """Throw away what has come; True if the peer has ended its side."""
+        try:
+            for _ in range(16):
+                if not sock.recv(65536):
+                    return True
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    def _lingered(self, sock: socket.socket) -> None:
+        if self._drained(sock):
+            self._stop_lingering(sock)
+
+    def _stop_lingering(self, sock: socket.socket) -> None:
+        descriptor = sock.fileno()
+        if descriptor >= 0 and self._lingering.get(descriptor) is sock:
+            del self._lingering[descriptor]
+            self._hub.unwatch(descriptor)
+            sock.close()
+
+    # --- Hosts come and go
+    # -------------------------------------------------------------------------------------------
+
+    def host_gone(self, host: HostLink) -> None:
+        """What its turns had not acknowledged is as if it had never been dispatched."""
+        table = self._connections
+        shards = set(host.shards)
+        for room in list(self._rooms.by_key.values()):
+            if room.shard in shards:
+                room.inflight_events = 0
+                room.inflight_bytes = 0
+                room.waiting = None
+        for slot in range(len(table)):
+            room_of_slot = table.room[slot]
+            if room_of_slot is None or room_of_slot.shard not in shards:
+                continue
+            phase = table.phase[slot]
+            if phase in (OPEN, ENDING, CLOSING):
+                in_flight = self._inbox.in_flight(slot)
+                self._inbox.forget_in_flight(slot)
+                if phase == ENDING and in_flight:
+                    table.phase[slot] = OPEN  # read again up to where it ended: the ending is kept
+                    self.reopened = True
+
+    def host_came(self, host: HostLink) -> None:
+        """Deliver what waits for the rooms of this host."""
+        table = self._connections
+        shards = set(host.shards)
+        for slot in range(len(table)):
+            room = table.room[slot]
+            if room is None or room.shard not in shards:
+                continue
+            phase = table.phase[slot]
+            if phase == CONNECTING or (slot in self._newcomers and phase in (ENDING, CLOSING)):
+                self._ask_connect(slot, room)
+            elif phase == OPEN:
+                self._inbox.look_again(slot)
+                self._end_again(slot)
+            elif phase == CLOSED:
+                self._ask_close(slot, room, self._endings[slot])
+
+    # --- Liveness
+    # ------------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """Once a second: look at a part of all connections, so that each is looked at every few seconds
+        (S15).
+        """
+        table = self._connections
+        now = self._now
+        phases, seen, flags = table.phase, table.seen, table.flags
+        every = 5 if self._ping_interval >= 5 else 1
+        self._sweep = (self._sweep + 1) % every
+        silent, dead = self._ping_interval, self._ping_interval + self._ping_timeout
+        for slot in range(self._sweep, len(phases), every):
+            if phases[slot] != OPEN:
+                continue
+            age = now - seen[slot]
+            if age < silent:
+                continue
+            if not flags[slot] & PINGED:
+                flags[slot] |= PINGED
+                self._sender.send(slot, encode_ping())
+            elif age >= dead:
+                if flags[slot] & DEFERRED and self._has_acknowledged(slot):
+                    continue  # its pong may be among what we do not read
+                self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
+
+    def _has_acknowledged(self, slot: int) -> bool:
+        """Whether the peer's TCP has taken all that we sent, our ping included."""
+        import fcntl
+        import struct
+
+        sock = self._connections.sockets[slot]
+        assert sock is not None
+        waiting = fcntl.ioctl(sock.fileno(), 0x5411, b"\0\0\0\0")  # SIOCOUTQ, tcp(7)
+        return bool(struct.unpack("i", waiting)[0] == 0 and not self._sender.waiting_bytes(slot))
+
+    def probe(self, slot: int, newcomer: int, seconds: float) -> None:
+        """Somebody else brings this connection's id: ask it whether it lives (S10)."""
+        table = self._connections
+        probe = self._probes.get(slot)
+        entry = (newcomer, table.number[newcomer])
+        if probe is not None:
+            probe.newcomers.append(entry)
+            return
+        self._probes[slot] = Probe([entry])
+        table.flags[slot] |= PINGED
+        self._hub.after(seconds, self._probe_timeout, slot, table.number[slot])
+        self._sender.send(slot, encode_ping(b"probe"))
+
+    def _alive(self, slot: int) -> None:
+        probe = self._probes.pop(slot)
+        for newcomer, number in probe.newcomers:
+            if self._connections.holds(newcomer, number):
+                self.on_duplicate(newcomer)
+
+    def _probe_timeout(self, slot: int, number: int) -> None:
+        probe = self._probes.pop(slot, None)
+        if probe is None:
+            return
+        if self._connections.holds(slot, number):
+            self.replace(slot)
+        for newcomer, newcomer_number in probe.newcomers:
+            if self._connections.holds(newcomer, newcomer_number):
+                self.on_vacant(newcomer)
+
+    def replace(self, slot: int) -> None:
+        """A newcomer with the same id takes this connection's place; its own close turn still comes (S10)."""
+        table = self._connections
+        if table.phase[slot] in (OPEN, CONNECTING):
+            table.unindex(slot)
+            self._sender.send(slot, encode_close(4409, "replaced"))
+            self._end(slot, Ending(4409, "replaced", False, "replaced", answered=True))
+
+    # Set by the doors: what becomes of a newcomer whose id was taken.
+    def on_duplicate(self, newcomer: int) -> None:
+        """The other lives."""
+        raise NotImplementedError
+
+    def on_vacant(self, newcomer: int) -> None:
+        """The other is dead."""
+        raise NotImplementedError
+
+    # --- Left by the gateway before
+    # ----------------------------------------------------------------------------------------
+
+    def survived(self, row: Row, room: RoomRecord) -> None:
+        """A row without a socket: its client was cut off when the gateway before this one died (S35)."""
+        table = self._connections
+        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
+        slot = table.allocate(row.number, None, room, card, self._now)
+        table.phase[slot] = CLOSED
+        if row.state is not None:
+            self._inbox.states[slot] = row.state
+        closing = row.closing
+        ending = (
+            Ending(1006, "", False, "gateway_lost", answered=True)
+            if closing is None
+            else Ending(closing.code, closing.reason, closing.clean, closing.cause, answered=True)
+        )
+        self._endings[slot] = ending
+
+    # --- The end of the gateway
+    # --------------------------------------------------------------------------------------------
+
+    def drain(self) -> "deque[tuple[int, int]]":
+        """Nobody comes in any more; returns who has to leave."""
+        self.draining = True
+        table = self._connections
+        return deque(
+            (slot, table.number[slot])
+            for slot in range(len(table))
+            if table.phase[slot] in (CONNECTING, OPEN, CLOSING, ENDING)
+        )
+
+    @property
+    def closing_count(self) -> int:
+        """Connections whose close turn has not been acknowledged, or that are on their way to it."""
+        phases = self._connections.phase
+        return sum(phases.count(phase) for phase in (CONNECTING, OPEN, ENDING, CLOSING, CLOSED))

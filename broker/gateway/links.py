@@ -1,0 +1,298 @@
+"""The gateway's ends of the links to its hosts: sockets, numbering, and what is on its way.
+
+Owns the Unix socket `gateway.sock`, the greeting of whoever connects to it (a host, or the command line with
+an admin question), and for each host the outgoing batch of the present tick. Must not know what an item
+means; results go to `on_result`. Peers: `hibernation.link` (pure numbering), `hibernation.host` at the other
+end.
+"""
+
+import os
+import socket
+import struct
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from broker.gateway.hub import EPOLLIN, EPOLLOUT, Hub
+from hibernation import wire
+from hibernation.link import Link, LinkError, StreamDecoder, encode
+from hibernation.logs import get_logger
+from hibernation.settings import Settings
+
+#: Read from a host at once, and given a peer that has not said yet who it is.
+READ_BYTES: Final = 512 * 1024
+GREETING_BYTES_MAX: Final = 1024 * 1024
+
+log = get_logger("links")
+
+
+class HostLink:
+    """One host that is there."""
+
+    __slots__ = (
+        "_decoder",
+        "_hub",
+        "_known",
+        "_outgoing",
+        "_socket",
+        "bytes_max",
+        "description",
+        "inflight_bytes",
+        "link",
+        "out",
+        "retiring",
+        "shards",
+        "waiting",
+    )
+
+    def __init__(
+        self, hub: Hub, sock: socket.socket, description: dict[str, Any], settings: Settings
+    ) -> None:
+        self._hub = hub
+        self._socket = sock
+        self._decoder = StreamDecoder()
+        self._outgoing = bytearray()
+        self._known = 0
+        self.description = description
+        self.shards: list[int] = description["shards"]
+        self.link = Link()
+        self.out: list[Any] = []
+        self.retiring = False
+        #: Bytes of frames given to this host and not acknowledged (S24), and who waits for that to shrink.
+        self.inflight_bytes = 0
+        self.bytes_max = settings.link_inflight_bytes_max
+        self.waiting: deque[int] = deque()
+
+    def put(self, item: list[Any]) -> None:
+        """Add an item to what leaves at the end of the tick."""
+        if not self.out:
+            # Items of this batch may be older than what arrives while it grows: acknowledge no more than
+            #     this.
+            self._known = self.link.received
+        self.out.append(item)
+
+    def flush(self) -> None:
+        """Send what the tick has gathered, as one message."""
+        if not self.out:
+            return
+        items, self.out = self.out, []
+        self._write(self.link.pack(items, self._known))
+
+    def acknowledge(self) -> None:
+        """Say what has arrived, if nothing else has said it."""
+        short = self.link.acknowledgement()
+        if short is not None:
+            self._write(short)
+
+    def repeat(self) -> None:
+        """The host misses something: send everything that it has not acknowledged."""
+        for data in self.link.unacknowledged():
+            self._write(data)
+
+    def ask_repetition(self) -> None:
+        """Something of the host's is missing here."""
+        self._write(self.link.repetition_request())
+
+    def _write(self, data: bytes) -> None:
+        if self._outgoing:
+            self._outgoing += data
+            return
+        try:
+            sent = self._socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            return  # its end is noticed where it is read
+        if sent < len(data):
+            self._outgoing += memoryview(data)[sent:]
+            self._hub.rewatch(self._socket.fileno(), EPOLLIN | EPOLLOUT)
+
+    def writable(self) -> None:
+        """The socket has room again."""
+        try:
+            while self._outgoing:
+                del self._outgoing[: self._socket.send(self._outgoing)]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._outgoing.clear()
+        self._hub.rewatch(self._socket.fileno(), EPOLLIN)
+
+    def read(self) -> list[Any] | None:
+        """The messages that have come; None: the host has gone."""
+        try:
+            data = self._socket.recv(READ_BYTES)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        return self._decoder.feed(data) if data else None
+
+    def close(self) -> None:
+        """The host has gone, or must."""
+        self._hub.unwatch(self._socket.fileno())
+        self._socket.close()
+
+
+class Links:
+    """All hosts, and the door at which they knock."""
+
+    def __init__(self, hub: Hub, settings: Settings, shard_count: int) -> None:
+        self._hub = hub
+        self._settings = settings
+        self.shard_count = shard_count
+        self.by_shard: list[HostLink | None] = [None] * shard_count
+        self.hosts: list[HostLink] = []
+        # Set by the core, which is made of things that need the links.
+        self.on_host: Callable[[HostLink], None]
+        self.on_host_gone: Callable[[HostLink], None]
+        self.on_result: Callable[[HostLink, list[Any]], None]
+        self.on_admin: Callable[[socket.socket], None]
+        self._listener: socket.socket | None = None
+
+    def listen(self, path: Path) -> None:
+        """Open the door at `path`, for processes of this user alone (S39)."""
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        listener.bind(os.fspath(path))
+        path.chmod(0o600)
+        listener.listen(64)
+        self._listener = listener
+        self._hub.watch(listener.fileno(), self._accept)
+
+    def close(self) -> None:
+        """Close the door and every link."""
+        if self._listener is not None:
+            self._hub.unwatch(self._listener.fileno())
+            self._listener.close()
+            self._listener = None
+        for host in list(self.hosts):
+            host.close()
+        self.hosts.clear()
+        self.by_shard = [None] * self.shard_count
+
+    def flush(self) -> None:
+        """End of a tick."""
+        for host in self.hosts:
+            if host.out:
+                host.flush()
+
+    def acknowledge(self) -> None:
+        """About once a second: do not let the other side keep what has arrived long ago."""
+        for host in self.hosts:
+            host.acknowledge()
+
+    @property
+    def ready(self) -> bool:
+        """Whether every shard has its host."""
+        return None not in self.by_shard
+
+    def _accept(self, _: int) -> None:
+        assert self._listener is not None
+        try:
+            sock, _address = self._listener.accept()
+        except OSError:
+            return
+        sock.setblocking(False)
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        _, uid, _ = struct.unpack("3i", credentials)
+        if uid not in (os.geteuid(), 0):
+            sock.close()
+            return
+        Greeting(self, self._hub, sock)
+
+    def greeted(self, sock: socket.socket, description: dict[str, Any]) -> None:
+        """A host has said who it is."""
+        if description["version"] != wire.VERSION or description["shard_count"] != self.shard_count:
+            log.error("a host of another version was turned away", pid=description.get("pid"))
+            sock.close()
+            return
+        host = HostLink(self._hub, sock, description, self._settings)
+        for shard in host.shards:
+            former = self.by_shard[shard]
+            if former is not None:
+                self._gone(former)
+        self.hosts.append(host)
+        for shard in host.shards:
+            self.by_shard[shard] = host
+        self._hub.watch(sock.fileno(), lambda events: self._ready(host, events))
+        self.on_host(host)
+
+    def _ready(self, host: HostLink, events: int) -> None:
+        if events & EPOLLOUT:
+            host.writable()
+        if not events & ~EPOLLOUT:
+            return
+        try:
+            messages = host.read()
+            if messages is None:
+                self._gone(host)
+                return
+            link, on_result = host.link, self.on_result
+            for message in messages:
+                if link.is_gap(message):
+                    host.ask_repetition()
+                if link.wants_repetition(message):
+                    host.repeat()
+                for item in link.take(message):
+                    on_result(host, item)
+        except LinkError as error:
+            log.error("a link is broken; its host is turned away", error=str(error))
+            self._gone(host)
+
+    def _gone(self, host: HostLink) -> None:
+        if host not in self.hosts:
+            return
+        self.hosts.remove(host)
+        host.close()
+        for shard, other in enumerate(self.by_shard):
+            if other is host:
+                self.by_shard[shard] = None
+        self.on_host_gone(host)
+
+
+class Greeting:
+    """Somebody has knocked: read the first value, which says who it is, and pass the socket on."""
+
+    def __init__(self, links: Links, hub: Hub, sock: socket.socket) -> None:
+        self._links = links
+        self._hub = hub
+        self._socket = sock
+        self._buffer = bytearray()
+        hub.watch(sock.fileno(), self._ready)
+
+    def _ready(self, _: int) -> None:
+        try:
+            # Not a byte behind the greeting may be taken: it belongs to whoever reads next.
+            peeked = self._socket.recv(GREETING_BYTES_MAX, socket.MSG_PEEK)
+            if len(peeked) < 4:
+                missing = not peeked
+                size = 0
+            else:
+                missing = False
+                size = 4 + int.from_bytes(peeked[:4], "big")
+            if missing or size > GREETING_BYTES_MAX:
+                raise LinkError("no greeting")
+            if not size or len(peeked) < size:
+                return
+            data = self._socket.recv(size)
+            values = StreamDecoder(GREETING_BYTES_MAX).feed(data)
+        except BlockingIOError:
+            return
+        except (OSError, LinkError):
+            self._hub.unwatch(self._socket.fileno())
+            self._socket.close()
+            return
+        self._hub.unwatch(self._socket.fileno())
+        greeting = values[0]
+        role = greeting.get("role") if isinstance(greeting, dict) else None
+        if role == "host":
+            self._links.greeted(self._socket, greeting)
+        elif role == "admin":
+            self._links.on_admin(self._socket)
+        else:
+            self._socket.close()
+
+
+__all__ = ["HostLink", "Links", "encode"]

@@ -1,0 +1,168 @@
+"""Sending: frames go straight to the socket; what the kernel does not take waits in a bounded outbox.
+
+Owns the outboxes and their policy (S25). Frames are immutable bytes and shared: a broadcast is one object
+however many outboxes it waits in. Must not decide when a connection ends; it reports a slow consumer or a
+broken socket to `on_fault`.
+
+Invariants:
+    O1  a connection without an outbox has nothing waiting: what is sent to it goes to the kernel at once
+    O2  once a byte of a frame is in the kernel the rest of it is never dropped
+    O3  `total_bytes` is the sum over all outboxes, each frame counted once for each outbox that it waits in
+"""
+
+from collections import deque
+from collections.abc import Callable
+from typing import Final
+
+from broker.gateway.connections import Connections
+from hibernation.settings import Settings
+
+#: Why `on_fault` is called.
+SLOW: Final = "slow_consumer"
+BROKEN: Final = "client_gone"
+
+
+class Outbox:
+    """What waits for one connection. `offset` bytes of the first frame are in the kernel already."""
+
+    __slots__ = ("bytes", "frames", "offset")
+
+    def __init__(self) -> None:
+        self.frames: deque[bytes] = deque()
+        self.offset = 0
+        self.bytes = 0
+
+
+class Sender:
+    """Sends frames to connections, by slot."""
+
+    def __init__(
+        self, connections: Connections, settings: Settings, on_fault: Callable[[int, str], None]
+    ) -> None:
+        self._connections = connections
+        self._on_fault = on_fault
+        self._outboxes: dict[int, Outbox] = {}
+        self._total_bytes_max = settings.outbox_total_bytes_max
+        self.total_bytes = 0
+        self.sent = 0
+        self.dropped = 0
+
+    def send(self, slot: int, frame: bytes) -> None:
+        """Send one frame, or keep it until the kernel has room."""
+        if self._outboxes and slot in self._outboxes:
+            self._keep(slot, frame)
+            return
+        sock = self._connections.sockets[slot]
+        try:
+            count = sock.send(frame)  # type: ignore[union-attr]
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            self._on_fault(slot, BROKEN)
+            return
+        self.sent += 1
+        if count != len(frame):
+            outbox = self._outboxes[slot] = Outbox()
+            outbox.frames.append(frame)
+            outbox.offset = count
+            self._count(outbox, len(frame) - count)
+            self._bound(slot)
+
+    def send_to_many(self, slots: list[int], frame: bytes) -> None:
+        """The same frame to many connections: the loop of a broadcast."""
+        sockets = self._connections.sockets
+        outboxes = self._outboxes
+        size = len(frame)
+        for slot in slots:
+            if slot in outboxes:
+                self._keep(slot, frame)
+                continue
+            try:
+                count = sockets[slot].send(frame)  # type: ignore[union-attr]
+            except BlockingIOError:
+                count = 0
+            except OSError:
+                self._on_fault(slot, BROKEN)
+                continue
+            if count != size:
+                outbox = outboxes[slot] = Outbox()
+                outbox.frames.append(frame)
+                outbox.offset = count
+                self._count(outbox, size - count)
+                self._bound(slot)
+        self.sent += len(slots)
+
+    def writable(self, slot: int) -> bool:
+        """The kernel has room again: write on. True when nothing waits any more."""
+        outbox = self._outboxes.get(slot)
+        if outbox is None:
+            return True
+        sock = self._connections.sockets[slot]
+        frames = outbox.frames
+        while frames:
+            first = frames[0]
+            try:
+                count = sock.send(memoryview(first)[outbox.offset :])  # type: ignore[union-attr]
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._on_fault(slot, BROKEN)
+                return True
+            self._count(outbox, -count)
+            if outbox.offset + count < len(first):
+                outbox.offset += count
+                return False
+            frames.popleft()
+            outbox.offset = 0
+        del self._outboxes[slot]
+        return True
+
+    def waiting_bytes(self, slot: int) -> int:
+        """How much waits for this connection."""
+        outbox = self._outboxes.get(slot)
+        return 0 if outbox is None else outbox.bytes
+
+    def drop(self, slot: int) -> None:
+        """Forget what waits: the connection has ended."""
+        outbox = self._outboxes.pop(slot, None)
+        if outbox is not None:
+            self.dropped += len(outbox.frames)
+            self.total_bytes -= outbox.bytes
+
+    def _keep(self, slot: int, frame: bytes) -> None:
+        outbox = self._outboxes[slot]
+        outbox.frames.append(frame)
+        self._count(outbox, len(frame))
+        self._bound(slot)
+
+    def _count(self, outbox: Outbox, size: int) -> None:
+        outbox.bytes += size
+        self.total_bytes += size
+
+    def _bound(self, slot: int) -> None:
+        """Apply the policy to an outbox that has grown (S25)."""
+        outbox = self._outboxes[slot]
+        room = self._connections.room[slot]
+        assert room is not None
+        settings = room.party.settings
+        if outbox.bytes > settings.outbox_bytes_max:
+            if settings.slow_consumer == "close":
+                self._on_fault(slot, SLOW)
+                return
+            frames = outbox.frames
+            begun = 1 if outbox.offset else 0
+            while outbox.bytes > settings.outbox_bytes_max and len(frames) > begun:
+                if settings.slow_consumer == "drop_newest":
+                    dropped = frames.pop()
+                else:
+                    first = frames.popleft() if begun else None
+                    dropped = frames.popleft()
+                    if first is not None:
+                        frames.appendleft(first)
+                self.dropped += 1
+                self._count(outbox, -len(dropped))
+        while self.total_bytes > self._total_bytes_max and self._outboxes:
+            fullest = max(self._outboxes, key=lambda each: self._outboxes[each].bytes)
+            self._on_fault(fullest, SLOW)
+            if fullest in self._outboxes:
+                self.drop(fullest)

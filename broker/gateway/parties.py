@@ -1,0 +1,60 @@
+"""What a gateway knows of a party: its hooks and its rooms' settings, as its hosts described them on the
+link.
+
+Owns `PartyView`. Runs no user code and imports none: a class never comes here, only its description
+(`hibernation.party.Party.describe`).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hibernation.settings import Settings
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PartyView:
+    """One party. The booleans say which events its rooms want: others wake nobody."""
+
+    name: str
+    settings: Settings
+    hibernate: bool
+    subprotocols: tuple[str, ...]
+    cors: tuple[tuple[str, str], ...] | None
+    wants_before_connect: bool
+    wants_connect: bool
+    wants_message: bool
+    wants_close: bool
+    wants_request: bool
+    wants_fetch: bool
+    message_bytes_max: int
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any], base: Settings) -> "PartyView":
+        """Read what `Party.describe` made."""
+        hooks = frozenset(description["hooks"])
+        cors = description["cors"]
+        settings = base.override(description["settings"])
+        return cls(
+            name=description["name"],
+            settings=settings,
+            hibernate=description["hibernate"],
+            subprotocols=tuple(description["subprotocols"]),
+            cors=None if cors is None else tuple((name, value) for name, value in cors),
+            wants_before_connect="on_before_connect" in hooks,
+            wants_connect=bool(hooks & {"get_connection_tags", "on_connect"}),
+            wants_message="on_message" in hooks,
+            wants_close="on_close" in hooks,
+            wants_request="on_request" in hooks,
+            wants_fetch="on_fetch" in hooks,
+            message_bytes_max=settings.message_bytes_max,
+        )
+
+
+def read_parties(descriptions: list[dict[str, Any]], base: Settings) -> dict[str, PartyView]:
+    """All parties by every name under which they can be reached."""
+    views = {}
+    for description in descriptions:
+        view = PartyView.from_description(description, base)
+        for name in (view.name, *description["aliases"]):
+            views[name] = view
+    return views

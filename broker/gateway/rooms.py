@@ -1,0 +1,147 @@
+"""The rooms that have connections here, as the gateway sees them: members, filters, and what is in flight.
+
+Owns the list of each room's members (linked through two columns of `Connections`, in the order of acceptance)
+and the answers to questions by tag and id. Must not do I/O. Peers: `connections` for the columns,
+`hibernation.wire` for cards.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from broker.gateway.connections import NONE, Connections
+from hibernation.wire import tag_mark
+
+if TYPE_CHECKING:
+    from broker.gateway.parties import PartyView
+
+#: A filter: tags that must all be there, tags of which one must be, tags that must not. Empty lists filter
+#: nothing.
+Criteria = list[list[str]]
+
+
+class RoomRecord:
+    """One room with connections, or with events on their way."""
+
+    __slots__ = (
+        "bytes_max",
+        "count",
+        "events_max",
+        "first",
+        "inflight_bytes",
+        "inflight_events",
+        "key",
+        "last",
+        "party",
+        "shard",
+        "waiting",
+    )
+
+    def __init__(self, key: str, party: "PartyView", shard: int) -> None:
+        self.key = key
+        self.party = party
+        self.shard = shard
+        self.events_max = party.settings.room_inflight_events_max
+        self.bytes_max = party.settings.room_inflight_bytes_max
+        self.first = NONE
+        self.last = NONE
+        self.count = 0
+        #: Events given to the host and not acknowledged, and the bytes of their frames (S24).
+        self.inflight_events = 0
+        self.inflight_bytes = 0
+        #: Slots that have data which had to wait for either; None mostly.
+        self.waiting: deque[int] | None = None
+
+    def wait(self, slot: int) -> None:
+        """Remember that this connection has data which must wait for an acknowledgement."""
+        if self.waiting is None:
+            self.waiting = deque()
+        self.waiting.append(slot)
+
+
+class Rooms:
+    """All of them, by key."""
+
+    __slots__ = ("_connections", "by_key")
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self.by_key: dict[str, RoomRecord] = {}
+
+    def link(self, slot: int) -> None:
+        """Append a connection to its room's members."""
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        last = room.last
+        table.previous[slot] = last
+        table.next[slot] = NONE
+        if last == NONE:
+            room.first = slot
+        else:
+            table.next[last] = slot
+        room.last = slot
+        room.count += 1
+
+    def is_linked(self, slot: int) -> bool:
+        """Whether the connection is among its room's members."""
+        table = self._connections
+        room = table.room[slot]
+        return room is not None and (table.next[slot] != table.previous[slot] or room.first == slot)
+
+    def unlink(self, slot: int) -> None:
+        """Take a connection out of its room's members, if it is among them."""
+        if not self.is_linked(slot):
+            return
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        before, after = table.previous[slot], table.next[slot]
+        if before == NONE:
+            room.first = after
+        else:
+            table.next[before] = after
+        if after == NONE:
+            room.last = before
+        else:
+            table.previous[after] = before
+        table.previous[slot] = table.next[slot] = NONE
+        room.count -= 1
+
+    def forget_if_empty(self, room: RoomRecord) -> None:
+        """Drop the record of a room that has neither members nor events in flight."""
+        if not room.count and not room.inflight_events and not room.waiting:
+            self.by_key.pop(room.key, None)
+
+    def members(self, room: RoomRecord) -> Iterator[int]:
+        """Slots in the order of acceptance. The list must not change meanwhile."""
+        after = self._connections.next
+        slot = room.first
+        while slot != NONE:
+            yield slot
+            slot = after[slot]
+
+    def select(self, room: RoomRecord, criteria: Criteria) -> list[int]:
+        """Slots of the members that match, in the order of acceptance, as of now."""
+        after = self._connections.next
+        found = []
+        slot = room.first
+        while slot != NONE:
+            found.append(slot)
+            slot = after[slot]
+        all_of, any_of, none_of = criteria
+        cards = self._connections.card
+        for tag in all_of:
+            mark = tag_mark(tag)
+            found = [slot for slot in found if mark in cards[slot]]
+        if any_of:
+            marks = [tag_mark(tag) for tag in any_of]
+            found = [slot for slot in found if any(mark in cards[slot] for mark in marks)]
+        for tag in none_of:
+            mark = tag_mark(tag)
+            found = [slot for slot in found if mark not in cards[slot]]
+        return found
+
+    def row(self, slot: int, state: bytes | None) -> list[Any]:
+        """A member as a host gets it: slot, number, card, state."""
+        return [slot, self._connections.number[slot], self._connections.card[slot], state]

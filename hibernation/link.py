@@ -1,0 +1,163 @@
+"""The link: an ordered, numbered, acknowledged stream of messages between one gateway and one host.
+
+Owns the numbering, what is kept until the peer acknowledges it, and the decision whether an arriving message
+is next, a repetition, or ahead of a gap. Must not touch a socket, a clock or the meaning of an item: the
+shells on both sides (`broker.gateway.links` and `hibernation.host`) move the bytes. Peer: another `Link`.
+
+A message is `[sequence, acknowledged, items]`. `sequence` counts from 1; `acknowledged` says that everything
+up to and including that number has been taken. Two short forms carry no items and no number of their own:
+`[0, n, None]` only acknowledges, `[0, n, True]` asks for everything after `n` once more.
+
+Invariants, in every state:
+    L1  items leave `take` in the order in which they entered the peer's `pack`, each exactly once
+    L2  a message is kept from its `pack` until an acknowledgement covers it
+    L3  `received` never falls, and `acknowledged` (by the peer) never exceeds `sent`
+"""
+
+from collections import deque
+from typing import Any
+
+from cbor2 import dumps, loads
+
+from storage.errors import BrokerError
+
+Message = list[Any]
+
+#: Bytes in front of each message on a stream: its length, big-endian.
+LENGTH_BYTES = 4
+
+
+class LinkError(BrokerError):
+    """The peer broke the protocol of the link: its version differs, or its memory is damaged."""
+
+
+class Link:
+    """One end of a link.
+
+    Attributes:
+        sent: Number of the newest message packed here.
+        received: Number of the newest message taken from the peer, in order.
+        acknowledged: Number of the newest of our messages that the peer has taken.
+    """
+
+    __slots__ = ("_kept", "_owed", "acknowledged", "received", "sent")
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.received = 0
+        self.acknowledged = 0
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._owed = 0
+
+    def pack(self, items: list[Any], acknowledge: int | None = None) -> bytes:
+        """Number `items`, keep them until acknowledged, and return the encoded message, length in front.
+
+        Args:
+            items: CBOR values; their meaning is `hibernation.wire`.
+            acknowledge: What to acknowledge, when that is less than everything received: items that were
+                made before
+                the newest arrivals were looked at must not claim to know them.
+        """
+        self.sent = sequence = self.sent + 1
+        self._owed = 0
+        data = encode([sequence, self.received if acknowledge is None else acknowledge, items])
+        self._kept.append((sequence, data))
+        return data
+
+    def take(self, message: Message) -> list[Any]:
+        """Take one decoded message from the peer; return its items, or none if they were had before or come
+        too early.
+
+        Raises:
+            LinkError: The message acknowledges what was never sent, or has not the form of one.
+        """
+        try:
+            sequence, acknowledged, items = message
+        except (TypeError, ValueError):
+            raise LinkError("a link message has not three parts") from None
+        if acknowledged > self.acknowledged:
+            if acknowledged > self.sent:
+                raise LinkError(f"the peer acknowledges message {acknowledged} of {self.sent}")
+            self.acknowledged = acknowledged
+            kept = self._kept
+            while kept and kept[0][0] <= acknowledged:
+                kept.popleft()
+        if sequence == self.received + 1:
+            self.received = sequence
+            self._owed += 1
+            return items  # type: ignore[no-any-return]
+        return []
+
+    def is_gap(self, message: Message) -> bool:
+        """Whether `message` is ahead of one that is missing, or asks for a repetition itself. Ask before
+        `take`.
+        """
+        return bool(message[0] > self.received + 1)
+
+    def wants_repetition(self, message: Message) -> bool:
+        """Whether the peer asks with `message` for everything that it has not acknowledged."""
+        return message[0] == 0 and message[2] is True
+
+    def acknowledgement(self) -> bytes | None:
+        """The short acknowledging message, if any message has been taken since the last one packed."""
+        if not self._owed:
+            return None
+        self._owed = 0
+        return encode([0, self.received, None])
+
+    def repetition_request(self) -> bytes:
+        """The short message that asks the peer for all that is missing here."""
+        return encode([0, self.received, True])
+
+    def unacknowledged(self) -> list[bytes]:
+        """Everything packed and not acknowledged, in order, encoded as it was: for a repetition or a new
+        socket.
+        """
+        return [data for _, data in self._kept]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes held for repetition."""
+        return sum(len(data) for _, data in self._kept)
+
+
+def encode(value: Any) -> bytes:
+    """One CBOR value with its length in front, as it goes over a stream socket."""
+    data = dumps(value)
+    return len(data).to_bytes(LENGTH_BYTES, "big") + data
+
+
+class StreamDecoder:
+    """Cuts a byte stream into length-prefixed CBOR values.
+
+    Raises from `feed`:
+        LinkError: A length above `limit_bytes`, or bytes that are no CBOR.
+    """
+
+    __slots__ = ("_buffer", "_limit_bytes")
+
+    def __init__(self, limit_bytes: int = 1 << 30) -> None:
+        self._buffer = bytearray()
+        self._limit_bytes = limit_bytes
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Any]:
+        """Add `data`; return every value that is now whole."""
+        buffer = self._buffer
+        buffer += data
+        values = []
+        position, end = 0, len(buffer)
+        while end - position >= LENGTH_BYTES:
+            length = int.from_bytes(buffer[position : position + LENGTH_BYTES], "big")
+            if length > self._limit_bytes:
+                raise LinkError(f"a link message of {length} bytes, {self._limit_bytes} allowed")
+            stop = position + LENGTH_BYTES + length
+            if stop > end:
+                break
+            try:
+                values.append(loads(bytes(buffer[position + LENGTH_BYTES : stop])))
+            except Exception as error:
+                raise LinkError("a link message is no CBOR") from error
+            position = stop
+        if position:
+            del buffer[:position]
+        return values

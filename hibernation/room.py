@@ -1,0 +1,773 @@
+"""What room code holds in its hands: `Room`, `Connection`, `Storage`, `ConnectionContext`, `Lobby`.
+
+Owns the staging of one turn: every effect and every write is written down here and nothing leaves before the
+turn has ended. Does no I/O of its own: reads and questions go through the `Backstage` that the host provides.
+Peer: `hibernation.host`, which opens a turn, runs the hook, and takes what was staged or throws it away.
+
+What is true between turns: `_effects is None`, and every connection's staged values are either known to the
+gateway or listed as edited, so that the next turn of the room reads them and not the older ones that an event
+may still carry.
+"""
+
+from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from json import dumps as dump_json
+from typing import TYPE_CHECKING, Any, Final, Protocol, overload
+
+from hibernation import wire
+from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
+from hibernation.settings import Settings
+from storage.values import decode, encode
+
+if TYPE_CHECKING:
+    from hibernation.requests import Request
+
+#: What a message may be: text, bytes, or anything else that JSON can hold.
+Message = Any
+
+#: Longest storage key, in bytes of UTF-8.
+KEY_BYTES_MAX: Final = 2048
+#: Largest storage value, in bytes of CBOR.
+VALUE_BYTES_MAX: Final = 2 * 1024 * 1024
+
+_UNREAD: Final[Any] = object()
+
+
+class Backstage(Protocol):
+    """What a room needs of its host."""
+
+    def read(self, key: str, name: str) -> bytes | None:
+        """The committed value of one storage key."""
+
+    def read_range(
+        self,
+        key: str,
+        *,
+        start: str | None,
+        start_after: str | None,
+        end: str | None,
+        prefix: str | None,
+        reverse: bool,
+        limit: int | None,
+    ) -> list[tuple[str, bytes]]:
+        """Committed keys and values in byte order."""
+
+    async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
+        """Put a question about connections to the room's gateway."""
+
+
+class _Done:
+    """Already done: awaiting it gives the value at once. What storage writes return."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Any = None) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[None, None, Any]:
+        return self._value
+        yield
+
+
+_DONE: Final = _Done()
+
+
+def _names(tags: Iterable[str] | str) -> tuple[str, ...]:
+    return (tags,) if isinstance(tags, str) else tuple(tags)
+
+
+def _criteria(
+    tag: str | None, all_of: Iterable[str] | str, any_of: Iterable[str] | str, none_of: Iterable[str] | str
+) -> list[list[str]]:
+    """One form for all filters: three lists of tags. A plain `tag` is one more that must be there."""
+    wanted = list(_names(all_of))
+    if tag is not None:
+        wanted.append(tag)
+    criteria = [wanted, list(_names(any_of)), list(_names(none_of))]
+    for names in criteria:
+        for name in names:
+            if not isinstance(name, str):
+                raise TypeError(f"a tag is a str, not {type(name).__name__}: {name!r}")
+    return criteria
+
+
+def frame_data(message: Message) -> str | bytes:
+    """A message as it goes out: text and bytes as they are, anything else as JSON text."""
+    if isinstance(message, str | bytes):
+        return message
+    if isinstance(message, bytearray | memoryview):
+        return bytes(message)
+    return dump_json(message, separators=(",", ":"), ensure_ascii=False)
+
+
+class Connection:
+    """One client's WebSocket, as room code sees it.
+
+    Valid for the turns of its room while that room is awake; keep the `id` across turns, not the object.
+    Every method is an effect: it takes hold when the turn ends well, and not at all when the turn fails.
+    """
+
+    __slots__ = (
+        "_card",
+        "_closed",
+        "_edit_sequence",
+        "_edited",
+        "_number",
+        "_parts",
+        "_room",
+        "_slot",
+        "_state",
+        "_state_blob",
+        "close_cause",
+    )
+
+    #: Why the connection ended, in `on_close`: client_close, client_gone, ping_timeout, slow_consumer,
+    #: too_big, protocol_error, server_close, replaced, limit or gateway_lost. None while it is open.
+    close_cause: str | None
+
+    def __init__(self, room: "Room", slot: int, number: int, card: bytes, state: bytes | None) -> None:
+        self._room = room
+        self._slot = slot
+        self._number = number
+        self._card = card
+        self._state_blob = state
+        self._state: Any = _UNREAD
+        self._parts: tuple[str, str, bytes] | None = None
+        self._closed = False
+        self._edited = False
+        self._edit_sequence = 0
+        self.close_cause = None
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.id!r} of {self._room.key!r}>"
+
+    def _read(self) -> tuple[str, str, bytes]:
+        parts = self._parts
+        if parts is None:
+            parts = self._parts = wire.read_card(self._card)
+        return parts
+
+    @property
+    def id(self) -> str:
+        """The id that names this connection within its room: `?_pk=` or a fresh one."""
+        return self._read()[0]
+
+    @property
+    def uri(self) -> str:
+        """The address that the client asked for, query included."""
+        return self._read()[1]
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The connection's tags, in the order in which they were given."""
+        return wire.blob_tags(self._read()[2])
+
+    @property
+    def state(self) -> Any:
+        """The value last given to `set_state`; None at first. Changing it in place changes nothing: call
+        `set_state`.
+        """
+        value = self._state
+        if value is _UNREAD:
+            blob = self._state_blob
+            value = self._state = None if blob is None else decode(blob)
+        return value
+
+    def set_state(self, value: Any) -> None:
+        """Keep a value with the connection: over hibernation, host death and new code, until it has closed.
+
+        Args:
+            value: Anything CBOR holds, up to state_bytes_max [16 KiB] encoded; or a function of the
+                present value.
+
+        Raises:
+            LimitExceeded: Too large; the old value stays.
+            ValueEncodingError: Not a value that can be stored; the old value stays.
+        """
+        room = self._room
+        effects = room._staging()
+        if callable(value):
+            value = value(self.state)
+        blob = None if value is None else encode(value)
+        if blob is not None and len(blob) > room._settings.state_bytes_max:
+            raise LimitExceeded(
+                "connection state",
+                len(blob),
+                room._settings.state_bytes_max,
+                remedy="keep large values in room.storage and their key in the state",
+            )
+        self._touch()
+        self._state_blob = blob
+        self._state = _UNREAD
+        room._count(len(blob) if blob else 0)
+        effects.append([wire.STATE, self._slot, self._number, blob])
+
+    def add_tags(self, *tags: str) -> None:
+        """Give the connection more tags; those it has already stay where they are.
+
+        Raises:
+            LimitExceeded: More than tags_max [64], or one of more than tag_bytes_max [256] bytes; nothing
+                is changed.
+        """
+        self._retag((*self.tags, *tags))
+
+    def remove_tags(self, *tags: str) -> None:
+        """Take tags away; those that it has not are passed over."""
+        self._retag(tuple([tag for tag in self.tags if tag not in tags]))
+
+    def _retag(self, tags: tuple[str, ...]) -> None:
+        effects = self._room._staging()
+        blob = wire.tags_blob(check_tags(tags, self._room._settings))
+        if blob == self._read()[2]:
+            return
+        self._touch()
+        self._card = wire.retag_card(self._card, blob)
+        self._parts = None
+        self._room._count(len(blob))
+        effects.append([wire.TAGS, self._slot, self._number, blob])
+
+    def send(self, message: Message) -> None:
+        """Send text, bytes, or anything else as JSON, to this client alone.
+
+        A client that has gone meanwhile does not get it; that is counted, not raised.
+
+        Raises:
+            ConnectionClosedError: This connection was closed in this turn or an earlier one of this room.
+            LimitExceeded: The turn stages more than turn_bytes_max.
+        """
+        room = self._room
+        effects = room._effects
+        if effects is None:
+            effects = room._staging()
+        if self._closed:
+            raise ConnectionClosedError(self.id)
+        data = message if type(message) is str or type(message) is bytes else frame_data(message)
+        room._bytes += len(data)
+        if room._bytes > room._bytes_max:
+            room._count(0)
+        effects.append([wire.SEND, self._slot, self._number, data])
+
+    def close(self, code: int = 1000, reason: str = "") -> None:
+        """Close the connection, after everything sent to it before. Closing twice does nothing.
+
+        Args:
+            code: 1000, 1001, 1003, 1007..1014 or 3000..4999 (RFC 6455, section 7.4).
+            reason: At most 123 bytes of UTF-8 (RFC 6455, section 5.5).
+
+        Raises:
+            ValueError: A code that may not be sent, or a reason that is too long.
+        """
+        effects = self._room._staging()
+        check_close(code, reason)
+        if self._closed:
+            return
+        self._touch()
+        self._closed = True
+        effects.append([wire.SHUT, self._slot, self._number, code, reason])
+
+    def _touch(self) -> None:
+        """Remember how to undo what this turn changes, once per change; the turn's end forgets or uses it."""
+        self._room._undo.append((self, self._card, self._state_blob, self._closed, self._edited))
+        self._edited = True
+
+    def _restore(self, card: bytes, state: bytes | None, closed: bool, edited: bool) -> None:
+        self._card, self._state_blob, self._closed, self._edited = card, state, closed, edited
+        self._parts, self._state = None, _UNREAD
+
+    def _refresh(self, card: bytes, state: bytes | None) -> None:
+        """Take over what the gateway says now, unless something staged here is newer."""
+        if not self._edited:
+            if card != self._card:
+                self._card, self._parts = card, None
+            if state != self._state_blob:
+                self._state_blob, self._state = state, _UNREAD
+
+
+def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:
+    """Tags without repetitions, in their order, within the limits of S11.
+
+    Raises:
+        TypeError: Something that is not a str, or one str where several are meant.
+        ValueError: An empty tag, or one that is no valid Unicode.
+        LimitExceeded: Too many, or one too long.
+    """
+    if isinstance(tags, str):
+        raise TypeError(f"tags are a list of str, not one str: [{tags!r}]")
+    unique = tuple(dict.fromkeys(tags))
+    for tag in unique:
+        if not isinstance(tag, str):
+            raise TypeError(f"a tag is a str, not {type(tag).__name__}: {tag!r}")
+        if not tag:
+            raise ValueError("a tag is not empty")
+        try:
+            size = len(tag.encode())
+        except UnicodeEncodeError:
+            raise ValueError(f"the tag {tag!r} holds a lone surrogate, which is no character") from None
+        if size > settings.tag_bytes_max:
+            raise LimitExceeded("a tag", size, settings.tag_bytes_max, remedy="use a shorter tag")
+    if len(unique) > settings.tags_max:
+        raise LimitExceeded("a connection's tags", len(unique), settings.tags_max, "tags", remedy="use fewer")
+    return unique
+
+
+def check_close(code: int, reason: str) -> None:
+    """Raise ValueError for a code or a reason that may not stand in a Close frame (RFC 6455, sections 5.5 and
+    7.4).
+    """
+    if not (code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999):
+        raise ValueError(
+            f"{code} may not be sent as a close code: use 1000, or one of your own from 4000 to 4999"
+        )
+    try:
+        size = len(reason.encode())
+    except UnicodeEncodeError:
+        raise ValueError("the close reason holds a lone surrogate, which is no character") from None
+    if size > 123:
+        raise ValueError(f"the close reason has {size} bytes of UTF-8, 123 are allowed: shorten it")
+
+
+class Storage:
+    """The room's own keys and values, kept on disk.
+
+    Writes take effect at the call, for this turn's and later turns' reads, and are durable when the turn's
+    effects leave; a turn that fails leaves nothing of them. What they return may be awaited, and need not be.
+    """
+
+    __slots__ = ("_cleared", "_room", "_writes")
+
+    def __init__(self, room: "Room") -> None:
+        self._room = room
+        #: This turn's writes: None means deleted.
+        self._writes: dict[str, bytes | None] = {}
+        self._cleared = False
+
+    @overload
+    async def get(self, key: str, default: Any = None) -> Any: ...
+    @overload
+    async def get(self, key: list[str]) -> dict[str, Any]: ...
+    async def get(self, key: str | list[str], default: Any = None) -> Any:
+        """Read one value, or several at once.
+
+        Args:
+            key: A key, or a list of keys.
+            default: What a missing single key gives.
+
+        Returns:
+            The value; for a list a dict of those that exist.
+        """
+        if isinstance(key, str):
+            blob = self._look(key)
+            return default if blob is None else decode(blob)
+        found = {}
+        for name in key:
+            blob = self._look(name)
+            if blob is not None:
+                found[name] = decode(blob)
+        return found
+
+    @overload
+    def put(self, key: str, value: Any) -> _Done: ...
+    @overload
+    def put(self, key: Mapping[str, Any]) -> _Done: ...
+    def put(self, key: str | Mapping[str, Any], value: Any = _UNREAD) -> _Done:
+        """Write one value, or several at once from a mapping.
+
+        Args:
+            key: 1 to 2,048 bytes of UTF-8; or a mapping of such keys to values.
+            value: Anything CBOR holds, up to 2 MiB encoded.
+
+        Raises:
+            LimitExceeded: A key or a value is too large, or the turn stages more than turn_bytes_max.
+                Nothing is written. ValueEncodingError: The value cannot be stored. Nothing is written.
+        """
+        room = self._room
+        room._staging()
+        if isinstance(key, str):
+            if value is _UNREAD:
+                raise TypeError("put(key, value) or put({key: value, …})")
+            size = check_key(key)
+            blob = encode(value)
+            check_value(blob)
+            room._count(size + len(blob))
+            self._writes[key] = blob
+            return _DONE
+        staged = {name: encode(each) for name, each in key.items()}
+        size = 0
+        for name, blob in staged.items():
+            check_value(blob)
+            size += check_key(name) + len(blob)
+        room._count(size)
+        self._writes.update(staged)
+        return _DONE
+
+    def delete(self, key: str | list[str]) -> _Done:
+        """Remove one key or several. Awaited, it tells whether the key existed, or how many did."""
+        room = self._room
+        room._staging()
+        if isinstance(key, str):
+            room._count(check_key(key))
+            existed = self._look(key) is not None
+            self._writes[key] = None
+            return _Done(existed)
+        room._count(sum([check_key(name) for name in key]))
+        count = 0
+        for name in dict.fromkeys(key):
+            count += self._look(name) is not None
+            self._writes[name] = None
+        return _Done(count)
+
+    def delete_all(self) -> _Done:
+        """Remove everything that the room has stored."""
+        self._room._staging()
+        self._writes.clear()
+        self._cleared = True
+        return _DONE
+
+    async def list(
+        self,
+        *,
+        start: str | None = None,
+        start_after: str | None = None,
+        end: str | None = None,
+        prefix: str | None = None,
+        reverse: bool = False,
+        limit: int | None = None,
+    ) -> dict[str, Any]:
+        """Keys and values in the byte order of the keys' UTF-8.
+
+        Args:
+            start: First key that counts; start_after: the key after which to begin.
+            end: First key that no longer counts.
+            prefix: Only keys that begin so.
+            reverse: From the last to the first.
+            limit: At most so many.
+
+        Returns:
+            A dict in that order.
+        """
+        if start is not None and start_after is not None:
+            raise ValueError("list takes start or start_after, not both")
+        if limit is not None and limit < 0:
+            raise ValueError(f"list takes a limit of 0 or more, not {limit}")
+        room = self._room
+        overlay = dict(room._pending)
+        overlay.update(self._writes)
+        hidden = self._cleared or room._pending_cleared
+        if self._cleared:
+            overlay = dict(self._writes)
+        found: dict[str, bytes] = {}
+        if not hidden:
+            found.update(
+                room._host.read_range(
+                    room.key,
+                    start=start,
+                    start_after=start_after,
+                    end=end,
+                    prefix=prefix,
+                    reverse=reverse,
+                    limit=None if limit is None else limit + len(overlay),
+                )
+            )
+        low, after, high, head = [
+            None if bound is None else bound.encode() for bound in (start, start_after, end, prefix)
+        ]
+        for name, blob in overlay.items():
+            raw = name.encode()
+            if (
+                (low is None or raw >= low)
+                and (after is None or raw > after)
+                and (high is None or raw < high)
+                and (head is None or raw.startswith(head))
+            ):
+                if blob is None:
+                    found.pop(name, None)
+                else:
+                    found[name] = blob
+        names = sorted(found, key=str.encode, reverse=reverse)
+        return {name: decode(found[name]) for name in names[:limit]}
+
+    def _look(self, key: str) -> bytes | None:
+        """The newest value: of this turn, of an earlier turn on its way to disk, or from disk."""
+        writes = self._writes
+        if key in writes:
+            return writes[key]
+        if self._cleared:
+            return None
+        room = self._room
+        pending = room._pending
+        if key in pending:
+            return pending[key]
+        if room._pending_cleared:
+            return None
+        check_key(key)
+        return room._host.read(room.key, key)
+
+
+def check_key(key: str) -> int:
+    """Size in bytes of a storage key; LimitExceeded, TypeError or ValueError if it cannot be one."""
+    if not isinstance(key, str):
+        raise TypeError(f"a storage key is a str, not {type(key).__name__}")
+    try:
+        size = len(key) if key.isascii() else len(key.encode())
+    except UnicodeEncodeError:
+        raise ValueError(f"the storage key {key!r} holds a lone surrogate, which is no character") from None
+    if not size:
+        raise ValueError("a storage key is not empty")
+    if size > KEY_BYTES_MAX:
+        raise LimitExceeded("a storage key", size, KEY_BYTES_MAX, remedy="use a shorter key")
+    return size
+
+
+def check_value(blob: bytes) -> None:
+    """LimitExceeded if an encoded value is too large to store."""
+    if len(blob) > VALUE_BYTES_MAX:
+        raise LimitExceeded(
+            "a stored value", len(blob), VALUE_BYTES_MAX, "bytes of CBOR", remedy="split it over several keys"
+        )
+
+
+class Room:
+    """What a `Server` object reaches the world with: `self.room`.
+
+    Attributes:
+        id: The room's id, as it stands in the address, percent-decoded.
+        party: The party's name, in kebab-case; also `name`.
+        env: The process environment, under `.env` beside the app, under `--var NAME=VALUE`.
+        storage: The room's keys and values.
+    """
+
+    __slots__ = (
+        "_bytes",
+        "_bytes_max",
+        "_connections",
+        "_effects",
+        "_evict",
+        "_host",
+        "_pending",
+        "_pending_cleared",
+        "_settings",
+        "_undo",
+        "env",
+        "id",
+        "key",
+        "party",
+        "storage",
+    )
+
+    def __init__(
+        self,
+        host: Backstage,
+        key: str,
+        settings: Settings,
+        connections: dict[int, Connection],
+        pending: dict[str, bytes | None],
+    ) -> None:
+        self._host = host
+        self.key = key
+        self.party, self.id = key.split("/", 1)
+        self.env: Mapping[str, str] = {}
+        self.storage = Storage(self)
+        self._effects: list[Any] | None = None
+        self._bytes = 0
+        self._settings = settings
+        self._bytes_max = settings.turn_bytes_max
+        self._connections = connections
+        self._pending = pending
+        self._pending_cleared = False
+        self._undo: list[tuple[Connection, bytes, bytes | None, bool, bool]] = []
+        self._evict = False
+
+    def __repr__(self) -> str:
+        return f"<Room {self.key!r}>"
+
+    @property
+    def name(self) -> str:
+        """Same as `party`."""
+        return self.party
+
+    def broadcast(
+        self,
+        message: Message,
+        without: Iterable["str | Connection"] = (),
+        tag: str | None = None,
+        *,
+        all_of: Iterable[str] = (),
+        any_of: Iterable[str] = (),
+        none_of: Iterable[str] = (),
+    ) -> None:
+        """Send to every open connection of the room, or to those whose tags match. Wakes nobody, waits for
+        nobody.
+
+        Args:
+            message: Text, bytes, or anything else as JSON.
+            without: Ids or connections that do not get it.
+            tag: Only connections with this tag; all_of, any_of, none_of: the same with several, together.
+
+        Raises:
+            LimitExceeded: The turn stages more than turn_bytes_max.
+        """
+        effects = self._staging()
+        data = frame_data(message)
+        if isinstance(without, str | Connection):
+            without = (without,)
+        ids = [each.id if isinstance(each, Connection) else each for each in without]
+        self._count(len(data))
+        effects.append([wire.BROADCAST, self.key, data, ids, *_criteria(tag, all_of, any_of, none_of)])
+
+    async def get_connection(self, connection_id: str) -> Connection | None:
+        """The open connection with this id, or None. Asks the gateway; touches no socket."""
+        for connection in self._connections.values():
+            if connection.id == connection_id and connection._edited:
+                return None if connection._closed else connection
+        row = await self._host.ask_gateway(self.key, "find", connection_id)
+        if row is None:
+            return None
+        connection = self._known(row)
+        return None if connection._closed else connection
+
+    async def get_connections(
+        self,
+        tag: str | None = None,
+        *,
+        all_of: Iterable[str] = (),
+        any_of: Iterable[str] = (),
+        none_of: Iterable[str] = (),
+    ) -> AsyncIterator[Connection]:
+        """The open connections whose tags match, in the order in which they were accepted, as of one instant.
+
+        Sees what this turn and earlier ones have staged. A connection that closes meanwhile is skipped. Costs
+        by the matches, in pages; touches no socket.
+        """
+        criteria = _criteria(tag, all_of, any_of, none_of)
+        rows, rest = await self._host.ask_gateway(self.key, "list", criteria)
+        staged = sorted(
+            [each for each in self._connections.values() if each._edited], key=lambda each: each._number
+        )
+        edited = {each._number for each in staged}
+        extra = [each for each in staged if not each._closed and _matches(each.tags, criteria)]
+        while True:
+            for row in rows:
+                number = row[1]
+                while extra and extra[0]._number < number:
+                    yield extra.pop(0)
+                if number in edited:
+                    continue
+                connection = self._known(row)
+                if not connection._closed:
+                    yield connection
+            if not rest:
+                break
+            rows, rest = await self._host.ask_gateway(self.key, "more", rest)
+        for connection in extra:
+            yield connection
+
+    async def count_connections(
+        self,
+        tag: str | None = None,
+        *,
+        all_of: Iterable[str] = (),
+        any_of: Iterable[str] = (),
+        none_of: Iterable[str] = (),
+    ) -> int:
+        """How many open connections match; see `get_connections`."""
+        criteria = _criteria(tag, all_of, any_of, none_of)
+        if any(each._edited for each in self._connections.values()):
+            count = 0
+            async for _ in self.get_connections(all_of=criteria[0], any_of=criteria[1], none_of=criteria[2]):
+                count += 1
+            return count
+        return int(await self._host.ask_gateway(self.key, "count", criteria))
+
+    def hibernate(self) -> None:
+        """Ask to be evicted at the end of this turn, whatever idle_seconds says."""
+        self._staging()
+        self._evict = True
+
+    def _known(self, row: list[Any]) -> Connection:
+        """The one object for the connection of a gateway's row."""
+        slot, number, card, state = row
+        connection = self._connections.get(number)
+        if connection is None:
+            connection = self._connections[number] = Connection(self, slot, number, card, state)
+        else:
+            connection._refresh(card, state)
+        return connection
+
+    def _staging(self) -> list[Any]:
+        """This turn's effects; RoomGone outside a turn."""
+        if self._effects is None:
+            raise RoomGone(self.key)
+        return self._effects
+
+    def _count(self, size: int) -> None:
+        """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
+        total = self._bytes + size
+        if total > self._bytes_max:
+            raise LimitExceeded(
+                "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
+            )
+        self._bytes = total
+
+    def _begin(self) -> list[Any]:
+        """Open a turn."""
+        self._effects = effects = []
+        self._bytes = 0
+        return effects
+
+    def _discard(self) -> None:
+        """End a turn that failed: as if it had never been."""
+        self._effects = None
+        for connection, *before in reversed(self._undo):
+            connection._restore(*before)
+        self._undo.clear()
+        self.storage._writes.clear()
+        self.storage._cleared = False
+        self._evict = False
+
+
+def _matches(tags: tuple[str, ...], criteria: list[list[str]]) -> bool:
+    all_of, any_of, none_of = criteria
+    return (
+        all(tag in tags for tag in all_of)
+        and (not any_of or any(tag in tags for tag in any_of))
+        and not any(tag in tags for tag in none_of)
+    )
+
+
+class ConnectionContext:
+    """What `on_connect` and `get_connection_tags` are told beside the connection.
+
+    Attributes:
+        request: The upgrade request, as Quart's `Request`, with what `on_before_connect` added to its
+            headers.
+    """
+
+    __slots__ = ("_fields", "_request")
+
+    def __init__(self, fields: dict[str, Any]) -> None:
+        self._fields = fields
+        self._request: Request | None = None
+
+    @property
+    def request(self) -> "Request":
+        if self._request is None:
+            from hibernation.requests import build_request  # Quart costs 35 MB: only for who looks
+
+            self._request = build_request(self._fields)
+        return self._request
+
+
+class Lobby:
+    """What the static hooks are told: where a request wants to go, before any room is concerned.
+
+    Attributes:
+        id: The room's id; None where there is none (`on_fetch`, `on_cron`).
+        party: The party's name.
+        env: As `Room.env`.
+    """
+
+    __slots__ = ("env", "id", "party")
+
+    def __init__(self, id: str | None, party: str, env: Mapping[str, str]) -> None:
+        self.id = id
+        self.party = party
+        self.env = env

@@ -1,0 +1,46 @@
+"""Runs a coroutine in the present task and tells the caller when it first has to wait.
+
+Owns nothing. It exists so that a pool of workers can run thousands of turns in one task as long as none of
+them really waits, and hand the pool's work on at the moment when one does: creating or switching a task per
+turn would cost more than the turn.
+"""
+
+from collections.abc import Callable, Coroutine, Generator
+from types import coroutine
+from typing import Any
+
+
+@coroutine
+def watched(running: Coroutine[Any, Any, Any], suspended: Callable[[], None]) -> Generator[Any, Any, Any]:
+    """Await `running`; call `suspended()` once, synchronously, just before it yields to the event loop for
+    the first time.
+
+    Args:
+        running: A coroutine that has not started.
+        suspended: Must not raise or wait.
+
+    Returns:
+        What the coroutine returns; its exceptions pass through. Traps go to the event loop unchanged, in the
+        same task, so that cancellation, timeouts and nurseries work as in a plain `await`.
+    """
+    try:
+        trap = running.send(None)
+    except StopIteration as stop:
+        return stop.value
+    suspended()
+    while True:
+        try:
+            sent = yield trap
+        except GeneratorExit:
+            running.close()
+            raise
+        except BaseException as error:
+            try:
+                trap = running.throw(error)
+            except StopIteration as stop:
+                return stop.value
+        else:
+            try:
+                trap = running.send(sent)
+            except StopIteration as stop:
+                return stop.value

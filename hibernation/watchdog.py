@@ -1,0 +1,68 @@
+"""Notices a handler that blocks the event loop of its host, and says in the log where it stands.
+
+Owns one daemon thread. It asks the loop for a sign of life twice a second; when none comes, it logs the room
+whose turn was begun last and the stack of the loop's thread, once per blockage. It changes nothing and kills
+nothing.
+"""
+
+import sys
+import threading
+import traceback
+from typing import Protocol
+
+import trio
+
+from hibernation.logs import get_logger
+
+#: How long the loop may take to answer before it counts as blocked.
+ANSWER_SECONDS = 0.5
+
+log = get_logger("watchdog")
+
+
+class Watched(Protocol):
+    """What the watchdog watches: a host."""
+
+    def describe_active(self) -> str:
+        """The room whose turn is, or was last, in progress."""
+
+
+class Watchdog:
+    """Start it from the thread that runs the loop; `stop` it before the loop ends."""
+
+    def __init__(self, watched: Watched, token: trio.lowlevel.TrioToken) -> None:
+        self._watched = watched
+        self._token = token
+        self._loop_thread = threading.get_ident()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread and wait for its end."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(ANSWER_SECONDS):
+            answered = threading.Event()
+            try:
+                self._token.run_sync_soon(answered.set)
+            except trio.RunFinishedError:
+                return
+            if answered.wait(ANSWER_SECONDS) or self._stopped.is_set():
+                continue
+            frame = sys._current_frames().get(self._loop_thread)
+            stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+            log.error(
+                "a handler blocks its host: all of the host's rooms wait for it",
+                room=self._watched.describe_active(),
+                stack=stack,
+            )
+            while not answered.wait(ANSWER_SECONDS):
+                if self._stopped.is_set():
+                    return
+            log.warning("the blocked host goes on", room=self._watched.describe_active())
