@@ -154,6 +154,8 @@ class HttpFront:
         self._port = port
         self._limits = StreamLimits(
             head_seconds=settings.handshake_timeout_seconds,
+            idle_seconds=settings.http_idle_seconds,
+            body_seconds=settings.request_timeout_seconds,
             body_bytes=settings.request_bytes_max,
             head_bytes=settings.head_bytes_max,
         )

@@ -51,7 +51,7 @@ __all__ = ["ChunkFollower", "RequestStream", "StreamLimits"]
 READ_BYTES: Final = 64 * 1024
 
 LINGER_SECONDS: Final = 2.0
-LINGER_BYTES: Final = 4 * 1024 * 1024
+LINGER_BYTES: Final = 64 * 1024 * 1024
 """After the last response what still arrives is read and dropped, up to these: closing a socket that holds
 unread bytes sends RST, and an RST makes the client's kernel throw away a response that it has not read (RFC
 9112, 9.6)."""

@@ -105,11 +105,7 @@ class Gateway:
 @contextlib.asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Gateway]:
     """A front that serves until the end of the block; some limits are not settings."""
-    own = {
-        name: settings.pop(name)
-        for name in ("idle_seconds", "stall_seconds", "body_seconds")
-        if name in settings
-    }
+    own = {name: settings.pop(name) for name in ("idle_seconds", "stall_seconds") if name in settings}
     gateway = Gateway()
     gateway.front = HttpFront(gateway, Settings(**settings))
     gateway.front._limits = replace(gateway.front._limits, **own)
@@ -562,7 +558,7 @@ async def test_expect_100_continue_is_answered_before_the_body_comes() -> None:
 
 @in_trio
 async def test_a_body_that_does_not_come_is_408() -> None:
-    async with serving(body_seconds=0.1) as gateway, connected(gateway) as client:
+    async with serving(request_timeout_seconds=0.1) as gateway, connected(gateway) as client:
         await client.send(get("/party/x", "Content-Length: 10", method="PUT"), b"01234")
         assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
         assert gateway.requests == []
