@@ -178,6 +178,17 @@ class RegistryBatch:
         if self._opened.pop(number, None) is None:
             self._forgotten.add(number)
 
+    def merge(self, later: "RegistryBatch") -> None:
+        """Stage on top of this batch all that `later` holds, as when this one was refused and goes again."""
+        for number in later._forgotten:
+            self.forget(number)
+        self._opened.update(later._opened)
+        self._blobs.update(later._blobs)
+        self._tags.update(later._tags)
+        self._states.update(later._states)
+        self._closings.update(later._closings)
+        self._highest = max(self._highest, later._highest)
+
     def __bool__(self) -> bool:
         return bool(
             self._opened or self._tags or self._states or self._closings or self._forgotten or self._highest
