@@ -9,7 +9,6 @@ import os
 import resource
 import sys
 import traceback
-from pathlib import Path
 from typing import Never
 
 import outcome
@@ -29,13 +28,8 @@ def main() -> None:
     config = HostConfig.from_json(sys.stdin.buffer.readline())
     configure(config.dev, process=f"host {config.index}")
     _keep_to_itself(config)
-    parties, env, folder = _load(config)
-    report(
-        config.status_fd,
-        "loaded",
-        parties=[party.describe() for party in parties],
-        folder=os.fspath(folder),
-    )
+    parties, env = _load(config)
+    report(config.status_fd, "loaded", parties=[party.describe() for party in parties])
     if sys.stdin.buffer.readline() != GO_LINE:
         return  # the supervisor has died, or chose other code
     _leave_standard_input()
@@ -49,13 +43,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _load(config: HostConfig) -> tuple[list[Party], dict[str, str], Path]:
-    """Give the app's parties, what its rooms see as `env`, and its folder; ends the process if that fails."""
+def _load(config: HostConfig) -> tuple[list[Party], dict[str, str]]:
+    """Give the app's parties, and what its rooms see as `env`; ends the process if that fails."""
     from broker.app import app_folder, load_app, read_env
 
-    def load() -> tuple[list[Party], dict[str, str], Path]:
-        folder = app_folder(config.app)
-        return load_app(config.app), read_env(folder, config.variables, os.environ), folder
+    def load() -> tuple[list[Party], dict[str, str]]:
+        env = read_env(app_folder(config.app), config.variables, os.environ)
+        return load_app(config.app), env
 
     # Whatever an app's module raises, `SystemExit` included: the supervisor must hear of it.
     result = outcome.capture(load)

@@ -20,7 +20,7 @@ import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,12 +62,14 @@ class Supervisor:
         plan: Plan,
         *,
         announce: Callable[[tuple[str, int]], None],
-        changes: Callable[[Path], AsyncIterator[object]] | None = None,
+        changes: Callable[[], AsyncIterator[Collection[object]]] | None = None,
         commands: Commands | None = None,
         timing: Timing | None = None,
     ) -> None:
-        """`announce` is called once, with the address, when the instance answers. `changes` gives an item for
-        each save in the app's folder, for which the hosts are reloaded; None: never.
+        """`announce` is called once, with the address, when the instance answers.
+
+        `changes` gives what was saved in the app's folder, after which the hosts are reloaded, and nothing (an
+        empty collection) as soon as it watches: from then on no save is missed. None: never reload by itself.
 
         Raises `StartError` or `DataDirectoryError` when the instance cannot run in this data directory.
         """
@@ -81,7 +83,6 @@ class Supervisor:
         self._reload_wanted = [trio.Event() for _ in range(plan.hosts)]
         self._gateway_ready = trio.Event()
         self._hosts_serving = [trio.Event() for _ in range(plan.hosts)]
-        self._folder: Path | None = None
         self._serving = trio.CancelScope()
         self._draining = trio.CancelScope()
         self._failure: StartError | None = None
@@ -145,14 +146,15 @@ class Supervisor:
     async def _serve(self) -> None:
         async with trio.open_nursery() as keepers:
             keepers.start_soon(self._keep_gateway)
+            if self._changes is not None:
+                # Before the code is loaded: a save in between is to be seen.
+                await keepers.start(self._watch, self._changes)
             for index in range(self._plan.hosts):
                 keepers.start_soon(self._keep_host, index)
             await self._gateway_ready.wait()
             for event in self._hosts_serving:
                 await event.wait()
             self._announce(self._plan.listener.getsockname()[:2])
-            if self._changes is not None and self._folder is not None:
-                keepers.start_soon(self._watch, self._changes, self._folder)
 
     def _fail(self, text: str, *, usage: bool) -> None:
         """Give up the start: everything is stopped, then `run` raises."""
@@ -224,7 +226,6 @@ class Supervisor:
         except LoadError as failure:
             self._fail(failure.text, usage=failure.by_app)
             return
-        self._folder = _folder_of(host)
         await host.say(GO_LINE, last=True)
         self._hosts_serving[index].set()
         while True:
@@ -303,14 +304,24 @@ class Supervisor:
                 log.error("the new code does not load, the old goes on", host=index, reason=reason)
                 return None
 
-    async def _watch(self, changes: Callable[[Path], AsyncIterator[object]], folder: Path) -> None:
+    async def _watch(
+        self,
+        changes: Callable[[], AsyncIterator[Collection[object]]],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        begun = False
         try:
-            async for _ in changes(folder):
-                self.request_reload()
+            async for saved in changes():
+                if not begun:
+                    begun = True
+                    task_status.started()
+                if saved:
+                    self.request_reload()
         except OSError as error:
-            log.error(
-                "cannot watch the app's folder, no reload on save", folder=str(folder), reason=str(error)
-            )
+            log.error("no reload on save: the app's folder cannot be watched", reason=str(error))
+        if not begun:
+            task_status.started()
 
 
 async def _first_of(*events: trio.Event) -> None:
@@ -323,8 +334,3 @@ async def _first_of(*events: trio.Event) -> None:
 async def _cancel_when(event: trio.Event, scope: trio.CancelScope) -> None:
     await event.wait()
     scope.cancel()
-
-
-def _folder_of(host: Child) -> Path | None:
-    folder = host.reports["loaded"].get("folder")
-    return None if folder is None else Path(folder)

@@ -16,6 +16,7 @@ from typing import Any
 import click
 import trio
 
+from broker.app import app_folder
 from broker.cli.options import (
     SettingsCommand,
     data_option,
@@ -207,7 +208,7 @@ def _run(
                 dev=dev,
                 variables=variables or {},
             )
-            changes = functools.partial(saves, without=data) if dev else None
+            changes = functools.partial(saves, app_folder(app), without=data) if dev else None
             trio.run(Supervisor(plan, announce=announce, changes=changes).run)
 
 

@@ -80,10 +80,13 @@ class Broker:
     def close(self) -> None:
         for process in self._started:
             process.kill()
-            process.communicate()
+            process.wait()
+        # They outlive their supervisor (S34), and hold the other ends of its pipes.
         for listed in self.folder.rglob("processes.json"):
             for _, pid in ProcessList(listed.parent).surviving():
                 os.kill(pid, signal.SIGKILL)
+        for process in self._started:
+            process.communicate()
 
 
 @pytest.fixture
@@ -387,6 +390,12 @@ def test_values_are_shown_without_control_characters(value, text):
     assert plain(value) == text
 
 
+def test_code_of_an_app_that_is_itself_installed_counts():
+    """As the demo's is."""
+    folder = Path("/home/me/.venv/lib/python3.11/site-packages/broker/demo")
+    assert counts(folder / "chat.py", folder, Path("/tmp/data"))
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -397,10 +406,13 @@ def test_values_are_shown_without_control_characters(value, text):
         ("/app/.broker/strange.py", False),
         ("/app/notes.txt", False),
         ("/app/.#chat.py", False),
+        ("/app/.venv/lib/python3.11/site-packages/a.py", False),
+        ("/app/__pycache__/a.py", False),
+        ("/elsewhere/chat.py", False),
     ],
 )
 def test_only_code_counts_as_a_save(path, expected):
-    assert counts(Path(path), Path("/app/.broker")) is expected
+    assert counts(Path(path), Path("/app"), Path("/app/.broker")) is expected
 
 
 # The real thing
@@ -560,7 +572,7 @@ def test_a_host_holds_no_socket_of_the_gateway_and_no_file_that_is_not_its_own(b
 def test_a_canary_is_in_no_output_and_on_no_command_line_of_a_child(broker):
     """FAULTS 69."""
     (broker.folder / "chat.py").write_text(CHAT)
-    (broker.folder / ".env").write_text("SECRET=canary\n")
+    (broker.folder / ".env").write_text("SECRET=hush-hush-17\n")
     process = broker.start("serve", "chat.py", "--bind", "127.0.0.1:0")
     url = ready(process)
     token = (broker.folder / ".broker" / "token").read_text().strip()
@@ -571,11 +583,11 @@ def test_a_canary_is_in_no_output_and_on_no_command_line_of_a_child(broker):
     for pid in (*processes["gateways"], *processes["hosts"]):
         for name in ("cmdline", "environ"):
             content = Path(f"/proc/{pid}/{name}").read_text()
-            assert "canary" not in content and token not in content
+            assert "hush-hush" not in content and token not in content
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 0
-    assert "canary" not in out + err and token not in out + err
+    assert "hush-hush" not in out + err and token not in out + err
 
 
 @pytest.mark.e2e

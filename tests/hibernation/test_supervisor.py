@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ if "error" in behaviour:
 if kind == "gateway":
     print(json.dumps({"event": "ready"}), file=status)
 else:
-    print(json.dumps({"event": "loaded", "parties": [], "folder": str(folder)}), file=status)
+    print(json.dumps({"event": "loaded", "parties": []}), file=status)
     if sys.stdin.readline() != "go\\n":
         sys.exit(0)
     note("go")
@@ -108,7 +108,7 @@ class Stage:
         *,
         hosts: int = 1,
         timing: Timing = QUICK,
-        changes: Callable[[Path], AsyncIterator[object]] | None = None,
+        changes: Callable[[], AsyncIterator[Collection[object]]] | None = None,
     ) -> Supervisor:
         plan = Plan(
             app="chat.py",
@@ -373,14 +373,15 @@ def test_the_second_request_to_stop_kills_at_once(stage):
 
 
 class Saves:
-    """Stands for the file watcher: an item for each `save`."""
+    """Stands for the file watcher."""
 
     def __init__(self) -> None:
         self._send, self._receive = trio.open_memory_channel[None](16)
 
-    async def __call__(self, folder: Path) -> AsyncIterator[object]:
+    async def __call__(self) -> AsyncIterator[Collection[object]]:
+        yield ()
         async for _ in self._receive:
-            yield folder
+            yield ("chat.py",)
 
     def save(self) -> None:
         self._send.send_nowait(None)
@@ -428,6 +429,29 @@ def test_code_that_does_not_load_leaves_the_old_running(stage, capfd):
     running(stage.supervisor(changes=saves), script)
     captured = capfd.readouterr()
     assert "no Server in it" in captured.out + captured.err
+
+
+def test_a_save_before_the_code_is_loaded_is_not_missed(stage):
+    saves = Saves()
+    saves.save()
+
+    async def script():
+        await until(lambda: len(stage.pids("host go")) == 2)
+
+    running(stage.supervisor(changes=saves), script)
+
+
+def test_a_folder_that_cannot_be_watched_is_served_all_the_same(stage):
+    async def changes():
+        await trio.lowlevel.checkpoint()
+        if stage.folder.exists():
+            raise OSError("no more watches")
+        yield ()
+
+    async def script():
+        await until(lambda: stage.announced)
+
+    running(stage.supervisor(changes=changes), script)
 
 
 def test_a_save_ends_the_wait_of_a_host_that_keeps_dying(stage):
