@@ -68,7 +68,7 @@ class Supervisor:
     ) -> None:
         """`announce` is called once, with the address, when the instance answers.
 
-        `changes` gives what was saved in the app's folder, after which the hosts are reloaded, and nothing (an
+        `changes` gives what was saved in the app's folder, after which hosts are reloaded, and nothing (an
         empty collection) as soon as it watches: from then on no save is missed. None: never reload by itself.
 
         Raises `StartError` or `DataDirectoryError` when the instance cannot run in this data directory.

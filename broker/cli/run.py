@@ -71,9 +71,8 @@ def demo(port: int, **given: Any) -> None:
     def welcome(url: str) -> None:
         click.echo(f"\n  A chat runs at  {click.style(url + '/', bold=True)}")
         click.echo("  Open it in two tabs, write something, and watch the room fall asleep between messages.")
-        click.echo(
-            f"  Its code is     {os.path.relpath(DEMO_APP)}  (save it while you chat: nobody is dropped)"
-        )
+        click.echo(f"  Its code is     {DEMO_APP}")
+        click.echo("                  Save a change of it while you chat: nobody is dropped.")
         click.echo(f"  Look inside     broker rooms --data {folder}")
         click.echo("  Ctrl-C stops it.\n")
 
@@ -82,7 +81,7 @@ def demo(port: int, **given: Any) -> None:
             app=str(DEMO_APP),
             host="127.0.0.1",
             port=port,
-            data=folder / "data",
+            data=folder,
             settings=settings,
             dev=True,
             welcome=welcome,

@@ -71,11 +71,15 @@ class Broker:
         out, err = process.communicate(timeout=40)
         return process.returncode, out, err
 
+    def ask(self, *arguments: str) -> str:
+        """Give what a command says that only speaks to the instance; it runs in this process."""
+        result = invoke(*arguments, "--data", str(self.folder / ".broker"))
+        assert result.exit_code == 0, result.output
+        return result.output
+
     def stats(self) -> Any:
         """Give what `broker stats --json` says."""
-        status, out, err = self.run("stats", "--json")
-        assert status == 0, err
-        return json.loads(out)
+        return json.loads(self.ask("stats", "--json"))
 
     def close(self) -> None:
         for process in self._started:
@@ -418,13 +422,15 @@ def test_only_code_counts_as_a_save(path, expected):
 # The real thing
 
 
-def ready(process: subprocess.Popen[str]) -> str:
-    """Give the address of the ready line, once it is there."""
+def ready(process: subprocess.Popen[str], before: list[str] | None = None) -> str:
+    """Give the address of the ready line, once it is there; `before` collects the lines above it."""
     assert process.stdout is not None
     assert process.stderr is not None
     for line in process.stdout:
         if found := re.fullmatch(r"ready on (http://127\.0\.0\.1:\d+)\n", line):
             return found[1]
+        if before is not None:
+            before.append(line)
     raise AssertionError(process.stderr.read())
 
 
@@ -483,17 +489,16 @@ def test_the_questions_are_answered_and_wake_nothing(broker, served):
         ann.send("hi")
         assert ann.recv(timeout=10) == ben.recv(timeout=10) == "hi"
         before = broker.stats()
-        rooms = json.loads(broker.run("rooms", "--json")[1])
+        rooms = json.loads(broker.ask("rooms", "--json"))
         assert [(room["party"], room["room"], room["connections"]) for room in rooms] == [
             ("chat", "lobby", 2)
         ]
-        listed = json.loads(broker.run("connections", "--room", "lobby", "--json")[1])
+        listed = json.loads(broker.ask("connections", "--room", "lobby", "--json"))
         assert [connection["id"] for connection in listed] == ["ann", "ben"]
-        one = json.loads(broker.run("connections", "--party", "chat", "--id", "ben", "--json")[1])
+        one = json.loads(broker.ask("connections", "--party", "chat", "--id", "ben", "--json"))
         assert [connection["id"] for connection in one] == ["ben"]
         for command in ("rooms", "connections", "stats"):
-            status, out, err = broker.run(command)
-            assert status == 0 and err == "" and out
+            assert broker.ask(command).count("\n") > 1
         after = broker.stats()
         assert after["wakes"] == before["wakes"] > 0
     assert len(after["gateways"]) == len(after["hosts"]) == 1 and after["supervisor"]
@@ -502,11 +507,11 @@ def test_the_questions_are_answered_and_wake_nothing(broker, served):
 @pytest.mark.e2e
 def test_broadcast_send_and_kick_reach_the_sockets(broker, served):
     with open_room(served, "lobby") as ann, open_room(served, "lobby", "ben") as ben:
-        assert broker.run("broadcast", "lobby", "to all")[0] == 0
+        broker.ask("broadcast", "lobby", "to all")
         assert ann.recv(timeout=10) == ben.recv(timeout=10) == "to all"
-        assert broker.run("send", "lobby", "ben", "to you")[0] == 0
+        broker.ask("send", "lobby", "ben", "to you")
         assert ben.recv(timeout=10) == "to you"
-        assert broker.run("kick", "lobby", "ann", "--code", "4001", "--reason", "out")[0] == 0
+        broker.ask("kick", "lobby", "ann", "--code", "4001", "--reason", "out")
         with pytest.raises(ConnectionClosed):
             ann.recv(timeout=10)
         assert (ann.close_code, ann.close_reason) == (4001, "out")
@@ -515,11 +520,10 @@ def test_broadcast_send_and_kick_reach_the_sockets(broker, served):
 @pytest.mark.e2e
 def test_stop_drains_and_returns_when_all_have_exited(broker, served):
     pids = broker.stats()
-    status, out, err = broker.run("stop")
-    assert (status, err) == (0, "") and str(pids["supervisor"]) in out
+    assert str(pids["supervisor"]) in broker.ask("stop")
     for pid in (*pids["gateways"], *pids["hosts"]):
         assert started_at_ticks(pid) is None
-    assert broker.run("stop")[0] == 1
+    assert invoke("stop", "--data", str(broker.folder / ".broker")).exit_code == 1
 
 
 @pytest.mark.e2e
@@ -533,7 +537,7 @@ def test_stop_ends_what_a_dead_supervisor_has_left_behind(broker, served):
         assert client.recv(timeout=10) == "still there"
         status, _, err = broker.run("serve", "chat.py", "--bind", "127.0.0.1:0")
         assert status == 1 and f"gateway (pid {pids['gateways'][0]})" in err and "broker stop" in err
-        assert broker.run("stop")[0] == 0
+        broker.ask("stop")
     for pid in (*pids["gateways"], *pids["hosts"]):
         assert started_at_ticks(pid) is None
 
@@ -632,11 +636,13 @@ def test_a_killed_host_is_started_again_and_its_sockets_stay(broker, served):
 @pytest.mark.e2e
 def test_the_demo_names_its_address_and_takes_its_data_away(broker):
     process = broker.start("demo", "--port", "0", environ={"TMPDIR": str(broker.folder)})
-    url = ready(process)
+    text: list[str] = []
+    url = ready(process, text)
     with urllib.request.urlopen(f"{url}/", timeout=10) as answer:
         assert answer.status == 200 and b"<html" in answer.read().lower()
     (folder,) = broker.folder.glob("broker-demo-*")
-    assert broker.run("rooms", "--data", str(folder / "data"))[0] == 0
+    assert f"{url}/" in "".join(text) and f"broker rooms --data {folder}\n" in "".join(text)
+    assert invoke("rooms", "--data", str(folder)).exit_code == 0
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert not folder.exists()
