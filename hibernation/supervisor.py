@@ -164,7 +164,8 @@ class Supervisor:
 
     async def _obey(self, signals: AsyncIterator[int]) -> None:
         async for number in signals:
-            log.info("signal", signal=signal.Signals(number).name)
+            again = self._serving.cancel_called
+            log.info("stopping at once" if again else "stopping", signal=signal.Signals(number).name)
             self.request_stop()
 
     async def _drain(self) -> None:
@@ -190,7 +191,7 @@ class Supervisor:
                 await gateway.exited.wait()
                 reason = gateway.error or gateway.outcome
             delay_seconds = backoff.delay(trio.current_time() - began)
-            log.error("gateway ended, starting it again", reason=reason, in_s=delay_seconds)
+            log.error("gateway ended, starting it again", in_s=delay_seconds, **_why(reason))
             await trio.sleep(delay_seconds)
 
     async def _start_gateway(self) -> Child:
@@ -271,7 +272,7 @@ class Supervisor:
         reason, alive_seconds = dead.error or dead.outcome, trio.current_time() - dead.started_at
         while True:
             delay_seconds = backoff.delay(alive_seconds)
-            log.error("host ended, starting it again", host=index, reason=reason, in_s=delay_seconds)
+            log.error("host ended, starting it again", host=index, in_s=delay_seconds, **_why(reason))
             # A save may be what mends it.
             with trio.move_on_after(delay_seconds):
                 await self._reload_wanted[index].wait()
@@ -301,7 +302,7 @@ class Supervisor:
             if loaded is not None:
                 return loaded
             if reason:
-                log.error("the new code does not load, the old goes on", host=index, reason=reason)
+                log.error("the new code does not load, the old goes on", host=index, **_why(reason))
                 return None
 
     async def _watch(
@@ -322,6 +323,11 @@ class Supervisor:
             log.error("no reload on save: the app's folder cannot be watched", reason=str(error))
         if not begun:
             task_status.started()
+
+
+def _why(reason: str) -> dict[str, str]:
+    """A reason as a field of a log line; one of several lines stands below it, as tracebacks do."""
+    return {"exception" if "\n" in reason else "reason": reason}
 
 
 async def _first_of(*events: trio.Event) -> None:
