@@ -27,6 +27,8 @@ PIPED_WIDTH_COLUMNS = 240
 ROWS_SHOWN = 1000
 """A table of more rows is cut, and says so; --json gives all, and --limit another number."""
 
+_PROCESSES = ("supervisor", "gateways", "keepers", "hosts")
+
 _limit_option = click.option(
     "--limit", type=click.IntRange(min=1), default=None, metavar="N", help="Show no more than N."
 )
@@ -84,8 +86,9 @@ def stats(data: Path, as_json: bool) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
-    for name, value in _flat(given):
-        table.add_row(Text(name), Text(plain(value)))
+    host, port = given.get("address") or ("-", "-")
+    for name, value in _flat({**given, "address": f"{host}:{port}"}):
+        table.add_row(Text(name), Text(_counted(value) if name not in _PROCESSES else plain(value)))
     _console().print(table)
 
 
@@ -129,6 +132,10 @@ def _flat(given: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any
             yield shown, value
 
 
+def _counted(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else plain(value)
+
+
 def _cell(name: str, value: object) -> str:
     if name.endswith("_at") and isinstance(value, int | float):
         return datetime.fromtimestamp(value, UTC).astimezone().isoformat(" ", "seconds")
@@ -144,8 +151,6 @@ def plain(value: object) -> str:
             return "yes" if value else "no"
         case float():
             return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-        case int():
-            return f"{value:,}" if abs(value) >= 10_000 else str(value)
         case list() | tuple() | set() | frozenset():
             return ", ".join(plain(item) for item in value) or "-"
         case Mapping():

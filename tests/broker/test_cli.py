@@ -380,7 +380,7 @@ def test_stop_without_an_instance_leaves_a_stale_list_alone(tmp_path):
         (None, "-"),
         (True, "yes"),
         (1999, "1999"),
-        (15000, "15,000"),
+        ([15000], "15000"),
         (0.12345, "0.123"),
         (["a", "\x07"], "a, \\x07"),
         ([], "-"),
