@@ -275,12 +275,17 @@ class Inbox:
         if flags[slot] & DEFERRED:
             flags[slot] &= ~DEFERRED
             self.pump(slot)
+        if room.waiting:
+            self.resume_waiting(room)
+        if link is not None and link.waiting:
+            while link.waiting and link.inflight_bytes < link.bytes_max:
+                self._resume(link.waiting.popleft())
+
+    def resume_waiting(self, room: RoomRecord) -> None:
+        """An event of the room is acknowledged: go on with what had to wait for that."""
         waiting = room.waiting
         while waiting and room.inflight_events < room.events_max and room.inflight_bytes < room.bytes_max:
             self._resume(waiting.popleft())
-        if link is not None:
-            while link.waiting and link.inflight_bytes < link.bytes_max:
-                self._resume(link.waiting.popleft())
 
     def _resume(self, slot: int) -> None:
         flags = self._connections.flags

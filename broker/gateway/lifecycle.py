@@ -238,6 +238,8 @@ class Lifecycle:
         room = table.room[slot]
         assert room is not None
         room.inflight_events -= 1
+        if room.waiting:
+            self._inbox.resume_waiting(room)
         self._newcomers.pop(slot, None)
         phase = table.phase[slot]
         if phase == CONNECTING:
@@ -470,6 +472,8 @@ class Lifecycle:
             room = table.room[slot]
             assert room is not None
             room.inflight_events -= 1
+            if room.waiting:
+                self._inbox.resume_waiting(room)
             self.closed(slot, number)
 
     def closed(self, slot: int, number: int) -> None:
