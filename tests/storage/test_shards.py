@@ -123,6 +123,18 @@ def test_list_is_what_filtering_the_bytes_gives(
     assert shard.list("main/a", start, after, end, prefix, reverse, limit) == wanted[:limit]
 
 
+@pytest.mark.parametrize("prefix", ["\ud7ff", "\U0010ffff", "a\U0010ffff", "\uffff", "\0", "a"])
+def test_prefixes_at_the_edges_of_the_code_points(shard, prefix):
+    """There is no character between U+D7FF and U+E000, and none after U+10FFFF."""
+    inside = [prefix, prefix + "\0", prefix + "x", prefix + "\U0010ffff" * 2]
+    batch = ShardBatch()
+    for key in [*inside, "a", "b", "\ue000", "", "\U00010000"]:
+        batch.put("main/a", key, b"")
+    shard.commit(batch)
+    found = [key for key, _ in shard.list("main/a", prefix=prefix)]
+    assert found == sorted({key for key in [*inside, "a"] if key.startswith(prefix)})
+
+
 @pytest.fixture(scope="module")
 def shard_once(tmp_path_factory):
     shard = Shard(tmp_path_factory.mktemp("shard"), 0, durability="os")

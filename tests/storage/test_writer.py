@@ -86,7 +86,7 @@ def test_a_burst_of_completions_is_all_taken_and_leaves_the_descriptor_quiet(wri
 def test_close_finishes_what_is_queued_and_can_be_repeated():
     writer = Writer("closing")
     descriptor = writer.fd
-    ran = []
+    ran: list[int] = []
     gate = threading.Event()
     writer.submit(gate.wait)
     for i in range(10):
