@@ -126,10 +126,14 @@ class Connections:
             self.phase.append(ADMITTING)
             self.flags.append(0)
         self.count += 1
+        room.held += 1
         return slot
 
     def release(self, slot: int) -> None:
         """Give the slot back; the socket must be closed, the row unlinked."""
+        room = self.room[slot]
+        assert room is not None
+        room.held -= 1
         self.sockets[slot] = None
         self.card[slot] = b""
         self.room[slot] = None

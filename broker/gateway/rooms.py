@@ -28,6 +28,7 @@ class RoomRecord:
         "count",
         "events_max",
         "first",
+        "held",
         "inflight_bytes",
         "inflight_events",
         "key",
@@ -46,6 +47,8 @@ class RoomRecord:
         self.first = NONE
         self.last = NONE
         self.count = 0
+        #: Slots that refer to this record: members, and those that are coming or going.
+        self.held = 0
         #: Events given to the host and not acknowledged, and the bytes of their frames (S24).
         self.inflight_events = 0
         self.inflight_bytes = 0
@@ -109,8 +112,8 @@ class Rooms:
         room.count -= 1
 
     def forget_if_empty(self, room: RoomRecord) -> None:
-        """Drop the record of a room that has neither members nor events in flight."""
-        if not room.count and not room.inflight_events and not room.waiting:
+        """Drop the record of a room that has neither connections, in whatever phase, nor events in flight."""
+        if not room.held and not room.inflight_events and not room.waiting:
             self.by_key.pop(room.key, None)
 
     def members(self, room: RoomRecord) -> Iterator[int]:
