@@ -101,7 +101,7 @@ function addMessage({ from, text, to: tag, at }) {
     at - Number(last.dataset.at) < TOGETHER_MS;
   const time = element("time", { dateTime: new Date(at).toISOString() }, clock(at));
   const head = element("p", { className: "head" },
-    element("bdi", {}, mine ? "You" : from.name), " ", flag(from.flag), " ", time);
+    element("bdi", {}, mine ? "You" : from.name), " ", flag(from.flag, true), " ", time);
   const only = tag && element("p", { className: "only" }, "Only to ", flag(tag), ` ${country(tag)}`);
   const body = element("div", { className: "bubble", dir: "auto" }, only, element("p", { className: "text" }, text));
   const item = element("li", { className: "message" }, avatar(from), element("div", {}, head, body));
@@ -318,22 +318,23 @@ function element(tag, properties, ...children) {
   return made;
 }
 
-function flag(code) {
+/** The picture of a flag; `spoken` where no word beside it says the same. */
+function flag(code, spoken = false) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "flag");
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", country(code));
+  svg.setAttribute(spoken ? "aria-label" : "aria-hidden", spoken ? country(code) : "true");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
   use.setAttribute("href", `/flags.svg#${Object.hasOwn(COUNTRIES, code) ? code : "un"}`);
   svg.append(use);
   return svg;
 }
 
-function avatar({ id, name, flag: code }) {
+function avatar({ name, flag: code }) {
   const made = element("span", { className: "avatar" }, element("span", {}, [...name][0]?.toUpperCase() ?? "?"), flag(code));
   made.setAttribute("aria-hidden", "true");
   let hue = 7;
-  for (const character of id + name) hue = (hue * 31 + character.codePointAt(0)) % 360;
+  for (const character of name) hue = (hue * 31 + character.codePointAt(0)) % 360;
   made.style.setProperty("--hue", hue);
   return made;
 }
