@@ -3,8 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
 from broker.gateway.connections import Connections
 from broker.gateway.rooms import RoomRecord, Rooms
+from hibernation import wire
 
 
 def record(key: str) -> RoomRecord:
@@ -31,3 +36,91 @@ def test_a_newcomer_keeps_the_record_of_its_room() -> None:
     table.release(newcomer)
     rooms.forget_if_empty(room)
     assert not rooms.by_key
+
+
+TAGS = ["a", "b", "ab", "é", "a b"]
+SOME_TAGS = st.lists(st.sampled_from(TAGS), max_size=3, unique=True)
+
+
+class Members(RuleBasedStateMachine):
+    """Lists of members and filters of two rooms, against plain lists."""
+
+    slots = Bundle("slots")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = Connections()
+        self.rooms = Rooms(self.table)
+        self.records = [record("main/x"), record("main/y")]
+        self.members: list[list[int]] = [[], []]
+        self.tags: dict[int, list[str]] = {}
+        self.number = 0
+
+    @rule(target=slots, room=st.integers(0, 1), tags=SOME_TAGS)
+    def come(self, room, tags):
+        self.number += 1
+        card = wire.make_card(f"id-{self.number}", "ws://a/b", wire.tags_blob(tags))
+        slot = self.table.allocate(self.number, None, self.records[room], card, 0)
+        self.rooms.link(slot)
+        self.members[room].append(slot)
+        self.tags[slot] = tags
+        return slot
+
+    @rule(slot=slots, tags=SOME_TAGS)
+    def retag(self, slot, tags):
+        if slot in self.tags:
+            self.table.card[slot] = wire.retag_card(self.table.card[slot], wire.tags_blob(tags))
+            self.tags[slot] = tags
+
+    @rule(slot=slots)
+    def unlink(self, slot):
+        """Once or twice: what has left already is passed over."""
+        self.rooms.unlink(slot)
+        for members in self.members:
+            if slot in members:
+                members.remove(slot)
+
+    @rule(slot=consumes(slots))
+    def go(self, slot):
+        self.unlink(slot)
+        self.table.release(slot)
+        del self.tags[slot]
+
+    @rule(all_of=SOME_TAGS, any_of=SOME_TAGS, none_of=SOME_TAGS)
+    def select(self, all_of, any_of, none_of):
+        for room, members in zip(self.records, self.members, strict=True):
+            expected = [
+                slot
+                for slot in members
+                if set(all_of) <= set(self.tags[slot])
+                and (not any_of or set(any_of) & set(self.tags[slot]))
+                and not set(none_of) & set(self.tags[slot])
+            ]
+            assert self.rooms.select(room, [all_of, any_of, none_of]) == expected
+
+    @invariant()
+    def in_the_order_of_acceptance(self):
+        for room, members in zip(self.records, self.members, strict=True):
+            assert list(self.rooms.members(room)) == members
+            assert room.count == len(members)
+        for slot in self.tags:
+            assert self.rooms.is_linked(slot) == any(slot in members for members in self.members)
+
+
+Members.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+test_members = Members.TestCase
+
+
+def test_members_of_a_tag_are_not_those_of_its_beginning() -> None:
+    """S11, S12: a filter matches whole tags, whatever stands beside them in id and uri."""
+    table = Connections()
+    rooms = Rooms(table)
+    room = record("main/x")
+    for number, (name, tags) in enumerate(
+        [("de", ["den"]), ("x", ["de"]), ("den", []), ("y", ["a", "de", "b"])]
+    ):
+        rooms.link(
+            table.allocate(number + 1, None, room, wire.make_card(name, "de", wire.tags_blob(tags)), 0)
+        )
+    assert rooms.select(room, [["de"], [], []]) == [1, 3]
+    assert rooms.select(room, [[], [], ["de"]]) == [0, 2]
