@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, overload
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.settings import Settings
+from storage.shards import key_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
@@ -23,11 +24,6 @@ if TYPE_CHECKING:
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
 Message = Any
-
-#: Longest storage key, in bytes of UTF-8.
-KEY_BYTES_MAX: Final = 2048
-#: Largest storage value, in bytes of CBOR.
-VALUE_BYTES_MAX: Final = 2 * 1024 * 1024
 
 _UNREAD: Final[Any] = object()
 
@@ -64,8 +60,8 @@ class _Done:
         self._value = value
 
     def __await__(self) -> Generator[None, None, Any]:
+        yield from ()
         return self._value
-        yield
 
 
 _DONE: Final = _Done()
@@ -91,12 +87,25 @@ def _criteria(
 
 
 def frame_data(message: Message) -> str | bytes:
-    """A message as it goes out: text and bytes as they are, anything else as JSON text."""
-    if isinstance(message, str | bytes):
+    """A message as it goes out: text and bytes as they are, anything else as JSON text.
+
+    Raises:
+        ValueError: Text with a lone surrogate, which no UTF-8 can hold.
+        TypeError: Neither text nor bytes nor a value for JSON.
+    """
+    if type(message) is bytes:
         return message
-    if isinstance(message, bytearray | memoryview):
+    if isinstance(message, bytearray | memoryview | bytes):
         return bytes(message)
-    return dump_json(message, separators=(",", ":"), ensure_ascii=False)
+    text = (
+        message if isinstance(message, str) else dump_json(message, separators=(",", ":"), ensure_ascii=False)
+    )
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("the message holds a lone surrogate, which is no character") from None
+    return str(text)
 
 
 class Connection:
@@ -180,21 +189,15 @@ class Connection:
                 present value.
 
         Raises:
-            LimitExceeded: Too large; the old value stays.
+            StorageLimitError: Too large; the old value stays.
             ValueEncodingError: Not a value that can be stored; the old value stays.
         """
         room = self._room
         effects = room._staging()
         if callable(value):
             value = value(self.state)
-        blob = None if value is None else encode(value)
-        if blob is not None and len(blob) > room._settings.state_bytes_max:
-            raise LimitExceeded(
-                "connection state",
-                len(blob),
-                room._settings.state_bytes_max,
-                remedy="keep large values in room.storage and their key in the state",
-            )
+        limit = room._settings.state_bytes_max
+        blob = None if value is None else encode(value, bytes_max=limit, what="connection state")
         self._touch()
         self._state_blob = blob
         self._state = _UNREAD
@@ -240,7 +243,7 @@ class Connection:
             effects = room._staging()
         if self._closed:
             raise ConnectionClosedError(self.id)
-        data = message if type(message) is str or type(message) is bytes else frame_data(message)
+        data = message if type(message) is str and message.isascii() else frame_data(message)
         room._bytes += len(data)
         if room._bytes > room._bytes_max:
             room._count(0)
@@ -280,6 +283,10 @@ class Connection:
                 self._card, self._parts = card, None
             if state != self._state_blob:
                 self._state_blob, self._state = state, _UNREAD
+
+
+#: A connection, and its card, state, closed and edited as they were before the turn changed them.
+Undo = tuple[Connection, bytes, bytes | None, bool, bool]
 
 
 def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:
@@ -386,14 +393,12 @@ class Storage:
                 raise TypeError("put(key, value) or put({key: value, …})")
             size = check_key(key)
             blob = encode(value)
-            check_value(blob)
             room._count(size + len(blob))
             self._writes[key] = blob
             return _DONE
         staged = {name: encode(each) for name, each in key.items()}
         size = 0
         for name, blob in staged.items():
-            check_value(blob)
             size += check_key(name) + len(blob)
         room._count(size)
         self._writes.update(staged)
@@ -503,54 +508,36 @@ class Storage:
 
 
 def check_key(key: str) -> int:
-    """Size in bytes of a storage key; LimitExceeded, TypeError or ValueError if it cannot be one."""
+    """Size in bytes of a storage key.
+
+    Raises:
+        TypeError, ValueError: It is no str, or empty.
+        StorageLimitError, ValueEncodingError: See `storage.shards.key_bytes`.
+    """
     if not isinstance(key, str):
         raise TypeError(f"a storage key is a str, not {type(key).__name__}")
-    try:
-        size = len(key) if key.isascii() else len(key.encode())
-    except UnicodeEncodeError:
-        raise ValueError(f"the storage key {key!r} holds a lone surrogate, which is no character") from None
-    if not size:
+    if not key:
         raise ValueError("a storage key is not empty")
-    if size > KEY_BYTES_MAX:
-        raise LimitExceeded("a storage key", size, KEY_BYTES_MAX, remedy="use a shorter key")
-    return size
-
-
-def check_value(blob: bytes) -> None:
-    """LimitExceeded if an encoded value is too large to store."""
-    if len(blob) > VALUE_BYTES_MAX:
-        raise LimitExceeded(
-            "a stored value", len(blob), VALUE_BYTES_MAX, "bytes of CBOR", remedy="split it over several keys"
-        )
+    return key_bytes(key)
 
 
 class Room:
-    """What a `Server` object reaches the world with: `self.room`.
-
-    Attributes:
-        id: The room's id, as it stands in the address, percent-decoded.
-        party: The party's name, in kebab-case; also `name`.
-        env: The process environment, under `.env` beside the app, under `--var NAME=VALUE`.
-        storage: The room's keys and values.
-    """
+    """What a `Server` object reaches the world with: `self.room`."""
 
     __slots__ = (
         "_bytes",
         "_bytes_max",
         "_connections",
         "_effects",
+        "_env",
         "_evict",
         "_host",
         "_pending",
         "_pending_cleared",
         "_settings",
+        "_storage",
         "_undo",
-        "env",
-        "id",
         "key",
-        "party",
-        "storage",
     )
 
     def __init__(
@@ -558,31 +545,54 @@ class Room:
         host: Backstage,
         key: str,
         settings: Settings,
+        env: Mapping[str, str],
         connections: dict[int, Connection],
         pending: dict[str, bytes | None],
     ) -> None:
         self._host = host
         self.key = key
-        self.party, self.id = key.split("/", 1)
-        self.env: Mapping[str, str] = {}
-        self.storage = Storage(self)
-        self._effects: list[Any] | None = None
-        self._bytes = 0
         self._settings = settings
-        self._bytes_max = settings.turn_bytes_max
+        self._env = env
         self._connections = connections
         self._pending = pending
         self._pending_cleared = False
-        self._undo: list[tuple[Connection, bytes, bytes | None, bool, bool]] = []
+        self._storage: Storage | None = None
+        self._effects: list[Any] | None = None
+        self._bytes = 0
+        self._bytes_max = settings.turn_bytes_max
+        self._undo: list[Undo] = []
         self._evict = False
 
     def __repr__(self) -> str:
         return f"<Room {self.key!r}>"
 
     @property
+    def id(self) -> str:
+        """The room's id, as it stands in the address, percent-decoded."""
+        return self.key.partition("/")[2]
+
+    @property
+    def party(self) -> str:
+        """The party's name, in kebab-case."""
+        return self.key.partition("/")[0]
+
+    @property
     def name(self) -> str:
         """Same as `party`."""
         return self.party
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """The process environment, under `.env` beside the app, under `--var NAME=VALUE`."""
+        return self._env
+
+    @property
+    def storage(self) -> Storage:
+        """The room's keys and values."""
+        storage = self._storage
+        if storage is None:
+            storage = self._storage = Storage(self)
+        return storage
 
     def broadcast(
         self,
@@ -709,18 +719,20 @@ class Room:
 
     def _begin(self) -> list[Any]:
         """Open a turn."""
-        self._effects = effects = []
+        effects: list[Any] = []
+        self._effects = effects
         self._bytes = 0
         return effects
 
     def _discard(self) -> None:
         """End a turn that failed: as if it had never been."""
         self._effects = None
-        for connection, *before in reversed(self._undo):
-            connection._restore(*before)
+        for connection, card, state, closed, edited in reversed(self._undo):
+            connection._restore(card, state, closed, edited)
         self._undo.clear()
-        self.storage._writes.clear()
-        self.storage._cleared = False
+        if self._storage is not None:
+            self._storage._writes.clear()
+            self._storage._cleared = False
         self._evict = False
 
 
@@ -749,6 +761,7 @@ class ConnectionContext:
 
     @property
     def request(self) -> "Request":
+        """The upgrade request, as Quart's `Request`, with what `on_before_connect` added to its headers."""
         if self._request is None:
             from hibernation.requests import build_request  # Quart costs 35 MB: only for who looks
 
@@ -767,7 +780,7 @@ class Lobby:
 
     __slots__ = ("env", "id", "party")
 
-    def __init__(self, id: str | None, party: str, env: Mapping[str, str]) -> None:
-        self.id = id
+    def __init__(self, room: str | None, party: str, env: Mapping[str, str]) -> None:
+        self.id = room
         self.party = party
         self.env = env

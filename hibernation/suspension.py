@@ -1,4 +1,4 @@
-"""Runs a coroutine in the present task and tells the caller when it first has to wait.
+"""Runs a coroutine in the present task and tells when it first has to wait.
 
 Owns nothing. It exists so that a pool of workers can run thousands of turns in one task as long as none of
 them really waits, and hand the pool's work on at the moment when one does: creating or switching a task per
@@ -11,36 +11,40 @@ from typing import Any
 
 
 @coroutine
-def watched(running: Coroutine[Any, Any, Any], suspended: Callable[[], None]) -> Generator[Any, Any, Any]:
-    """Await `running`; call `suspended()` once, synchronously, just before it yields to the event loop for
-    the first time.
+def carry_on(running: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any, Any]:
+    """Go on with a coroutine that has been started by `send(None)` and has yielded `trap`.
 
-    Args:
-        running: A coroutine that has not started.
-        suspended: Must not raise or wait.
-
-    Returns:
-        What the coroutine returns; its exceptions pass through. Traps go to the event loop unchanged, in the
-        same task, so that cancellation, timeouts and nurseries work as in a plain `await`.
+    Traps go to the event loop unchanged, in the same task, so that cancellation, timeouts and nurseries work
+    as in a plain `await`. Returns what the coroutine returns; its exceptions pass through.
     """
-    try:
-        trap = running.send(None)
-    except StopIteration as stop:
-        return stop.value
-    suspended()
     while True:
         try:
             sent = yield trap
         except GeneratorExit:
             running.close()
             raise
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001, ASYNC103 - passed on to where it belongs
             try:
                 trap = running.throw(error)
             except StopIteration as stop:
-                return stop.value
+                return stop.value  # noqa: ASYNC104
         else:
             try:
                 trap = running.send(sent)
             except StopIteration as stop:
                 return stop.value
+
+
+async def watched(running: Coroutine[Any, Any, Any], suspended: Callable[[], None]) -> Any:
+    """Await `running`; call `suspended()` once, just before it yields to the event loop for the first time.
+
+    Args:
+        running: A coroutine that has not started.
+        suspended: Must not raise or wait.
+    """
+    try:
+        trap = running.send(None)
+    except StopIteration as stop:
+        return stop.value
+    suspended()
+    return await carry_on(running, trap)

@@ -8,7 +8,7 @@ nothing.
 import sys
 import threading
 import traceback
-from typing import Protocol
+from collections.abc import Callable
 
 import trio
 
@@ -20,18 +20,16 @@ ANSWER_SECONDS = 0.5
 log = get_logger("watchdog")
 
 
-class Watched(Protocol):
-    """What the watchdog watches: a host."""
-
-    def describe_active(self) -> str:
-        """The room whose turn is, or was last, in progress."""
-
-
 class Watchdog:
-    """Start it from the thread that runs the loop; `stop` it before the loop ends."""
+    """Start it from the thread that runs the loop; `stop` it before the loop ends.
 
-    def __init__(self, watched: Watched, token: trio.lowlevel.TrioToken) -> None:
-        self._watched = watched
+    Args:
+        active: Tells the room whose turn was begun last, "party/id".
+        token: Of the loop to watch.
+    """
+
+    def __init__(self, active: Callable[[], str], token: trio.lowlevel.TrioToken) -> None:
+        self._active = active
         self._token = token
         self._loop_thread = threading.get_ident()
         self._stopped = threading.Event()
@@ -59,10 +57,10 @@ class Watchdog:
             stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
             log.error(
                 "a handler blocks its host: all of the host's rooms wait for it",
-                room=self._watched.describe_active(),
+                room=self._active(),
                 stack=stack,
             )
             while not answered.wait(ANSWER_SECONDS):
                 if self._stopped.is_set():
                     return
-            log.warning("the blocked host goes on", room=self._watched.describe_active())
+            log.warning("the blocked host goes on", room=self._active())

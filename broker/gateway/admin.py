@@ -6,7 +6,7 @@ awake) is asked of the hosts. Peers: `hibernation.admin` (the command line's sid
 
 import os
 import socket
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import parse_qs
 
 import trio
@@ -41,8 +41,7 @@ class Admin:
         self._number = 0
         self._waiting: dict[int, tuple[trio.Event, list[Any]]] = {}
 
-    # --- Transport
-    # -----------------------------------------------------------------------------------------------------
+    # --- Transport --------------------------------------------------------------------------------
 
     def serve_socket(self, sock: socket.socket) -> None:
         """Answer one command line's questions until it hangs up."""
@@ -66,7 +65,7 @@ class Admin:
             return {"result": await self.command(question)}
         except (CommandError, RequestRefused) as error:
             return {"error": str(error)}
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - told to whoever asked, who is this machine's user
             return {"error": f"{type(error).__name__}: {error}"}
 
     async def http(self, method: str, path: str, query: bytes) -> Any:
@@ -96,8 +95,7 @@ class Admin:
             raise CommandError(f"unknown command {question.get('command')!r}")
         return await handler(self, question)
 
-    # --- Hosts
-    # ---------------------------------------------------------------------------------------------------------
+    # --- Hosts ------------------------------------------------------------------------------------
 
     async def _ask(self, host: HostLink, what: str, argument: Any) -> Any:
         self._number = number = self._number + 1
@@ -128,8 +126,7 @@ class Admin:
                 nursery.start_soon(ask, host)
         return [answer for answer in answers if answer is not None]
 
-    # --- Commands
-    # ------------------------------------------------------------------------------------------------------
+    # --- Commands ---------------------------------------------------------------------------------
 
     async def _stats(self, _: dict[str, Any]) -> dict[str, Any]:
         gateway = self._gateway
@@ -285,7 +282,7 @@ class Admin:
             )
         return int(row[0])
 
-    _COMMANDS = {
+    _COMMANDS: ClassVar = {
         "stats": _stats,
         "rooms": _rooms,
         "connections": _connections,

@@ -36,6 +36,7 @@ from hibernation import wire
 from hibernation.configuration import GatewayConfig, report
 from hibernation.logs import get_logger
 from storage.directory import read_token
+from storage.errors import CommitRefused
 from storage.registry import Registry, RegistryBatch
 from storage.writer import Writer
 
@@ -123,8 +124,7 @@ class Gateway:
                 self.registry.commit(self.lifecycle.batch)
             self.registry.close()
 
-    # --- Ticks
-    # -------------------------------------------------------------------------------------------------------
+    # --- Ticks ------------------------------------------------------------------------------------
 
     def _parked(self, descriptor: int, events: int) -> bool:
         slot = self.connections.by_descriptor(descriptor)
@@ -159,18 +159,21 @@ class Gateway:
         self._writer.submit(lambda: self.registry.commit(batch))
 
     def _stored(self, _: int) -> None:
-        for _, error in self._writer.completed():
+        for _number, error in self._writer.completed():
             assert self._storing is not None
             stored, batch = self._storing
             self._storing = None
             if error is None:
                 self.lifecycle.committed(stored)
                 continue
+            if not isinstance(error, CommitRefused):
+                # Nobody knows what is on disk: whoever starts next reads it (S36).
+                log.critical("the registry failed: this gateway ends", error=repr(error))
+                os._exit(os.EX_IOERR)
             log.error("the registry cannot be written: new connections get 503", error=str(error))
             self._registry_failed = True  # tried again in a second
-            for slot, number in stored:
-                batch.forget(number)
-                del slot
+            for _, refused in stored:
+                batch.forget(refused)
             self.lifecycle.not_committed(
                 stored, error_response(503, "the broker cannot store connections at the moment")
             )
@@ -180,8 +183,7 @@ class Gateway:
     def _send_failed(self, slot: int, cause: str) -> None:
         self.lifecycle.failed(slot, cause)
 
-    # --- Hosts
-    # ---------------------------------------------------------------------------------------------------------
+    # --- Hosts ------------------------------------------------------------------------------------
 
     def _host_came(self, host: HostLink) -> None:
         descriptions = host.description["parties"]
@@ -226,8 +228,7 @@ class Gateway:
             if self.links.by_shard[shard] is host:
                 self.links.by_shard[shard] = None
 
-    # --- The end
-    # -------------------------------------------------------------------------------------------------------
+    # --- The end ----------------------------------------------------------------------------------
 
     async def _drain(self) -> None:
         """Close every connection with 1012, spread in time, and let the close turns end (S37)."""
@@ -247,8 +248,7 @@ class Gateway:
                 self._end_of_tick()
                 await trio.sleep(0.01)
 
-    # --- What the HTTP side asks
-    # ----------------------------------------------------------------------------------------
+    # --- What the HTTP side asks ------------------------------------------------------------------
 
     def ready(self) -> bool:
         """Whether every shard has its host."""
@@ -257,6 +257,7 @@ class Gateway:
     def give_back(self, sock: socket.socket, client: tuple[str, int]) -> None:
         """An upgrade on a kept-alive connection."""
         self.doors.give_back(sock, client)
+        self._end_of_tick()
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """A request for a room, or for `on_fetch`."""

@@ -88,8 +88,8 @@ class Doors:
         self._exhausted_logged = 0.0
         self.parties: dict[str, PartyView] = {}
         self.refused: dict[int, int] = {}
-        lifecycle.on_duplicate = self._duplicate  # type: ignore[method-assign]
-        lifecycle.on_vacant = self._vacant  # type: ignore[method-assign]
+        lifecycle.on_duplicate = self._duplicate
+        lifecycle.on_vacant = self._vacant
 
     def open(self) -> None:
         """Begin to accept."""
@@ -110,8 +110,7 @@ class Doors:
         """Connections whose request has not come yet."""
         return len(self._waiting)
 
-    # --- Accepting
-    # -------------------------------------------------------------------------------------------------
+    # --- Accepting --------------------------------------------------------------------------------
 
     def _accept(self, _: int) -> None:
         accept = self._listener.accept
@@ -204,8 +203,7 @@ class Doors:
         self.refused[status] = self.refused.get(status, 0) + 1
         self._lifecycle.say_goodbye(sock, error_response(status, text, headers))
 
-    # --- Upgrades
-    # ----------------------------------------------------------------------------------------------------
+    # --- Upgrades ---------------------------------------------------------------------------------
 
     def _upgrade(self, sock: socket.socket, address: Address, head: Head) -> None:
         """Every check that needs no waiting; then the slot, and what has to be asked."""
@@ -313,8 +311,7 @@ class Doors:
         table.index(slot, newcomer.connection_id)
         self._ask_before(slot)
 
-    # --- The before-hook
-    # -------------------------------------------------------------------------------------------
+    # --- The before-hook --------------------------------------------------------------------------
 
     def _ask_before(self, slot: int) -> None:
         table = self._connections

@@ -148,8 +148,7 @@ class Effects:
         self.execute(effects)
         self._lifecycle.close_turn_ended(slot, number)
 
-    # --- Questions about connections
-    # ---------------------------------------------------------------------------------
+    # --- Questions about connections --------------------------------------------------------------
 
     def _query(self, host: HostLink, item: list[Any]) -> None:
         _, question, key, what, argument = item

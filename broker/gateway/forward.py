@@ -61,11 +61,7 @@ class Forward:
         """
         self.requests += 1
         if not self.parties:
-            with trio.move_on_after(WAIT_SECONDS):
-                while not self.parties:
-                    await trio.sleep(0.05)
-            if not self.parties:
-                raise RequestRefused(503, "not ready", RETRY_AFTER)
+            raise RequestRefused(503, "not ready", RETRY_AFTER)
         if request.room is None:
             party = self.parties.get("main")
             if party is None or not party.wants_fetch:
@@ -88,7 +84,7 @@ class Forward:
         self._pending[number] = pending
         try:
             self._ask(pending)
-            await pending.answered.wait()
+            await self._wait(pending)
         except BaseException:
             self._pending.pop(number, None)
             if pending.host is not None:
@@ -105,6 +101,14 @@ class Forward:
             reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
         return reply
 
+    async def _wait(self, pending: Pending) -> None:
+        """Wait for the answer; but for a host to ask only WAIT_SECONDS."""
+        while not pending.answered.is_set():
+            with trio.move_on_after(WAIT_SECONDS):
+                await pending.answered.wait()
+            if pending.host is None and not pending.answered.is_set():
+                raise RequestRefused(503, "the room's host is not there", RETRY_AFTER)
+
     def _ask(self, pending: Pending) -> None:
         host = self._links.by_shard[pending.shard]
         if host is None or host.retiring:
@@ -113,8 +117,7 @@ class Forward:
         host.put(pending.item)
         self._flush()
 
-    # --- What hosts say
-    # --------------------------------------------------------------------------------------------
+    # --- What hosts say ---------------------------------------------------------------------------
 
     def begun(self, number: int) -> None:
         """The turn runs."""
@@ -169,8 +172,7 @@ class Forward:
                 pending.host.put([wire.CANCEL, number])
                 self._flush()
 
-    # --- Hosts come and go
-    # -----------------------------------------------------------------------------------------
+    # --- Hosts come and go ------------------------------------------------------------------------
 
     def host_gone(self, host: HostLink) -> None:
         """Its turns are lost, and requests are not redelivered."""

@@ -143,7 +143,7 @@ class Close:
 Event = Message | Ping | Pong | Close
 
 
-# --- the fast path --------------------------------------------------------------------------------------
+# --- the fast path --------------------------------------------------------------------------------
 
 # By payload length, for the short form of it (RFC 6455 5.2): how to read masking key and payload in one
 # call; the factor that repeats a 32-bit key over the payload; and what cuts the last repetition to size.
@@ -235,7 +235,7 @@ def _unmask(data: Bytes, start: int, end: int) -> bytes | bytearray:
     return payload
 
 
-# --- headers --------------------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 
 
 def frame_header(data: Bytes, pos: int, end: int) -> Header | None:
@@ -286,7 +286,7 @@ def frame_header(data: Bytes, pos: int, end: int) -> Header | None:
     return Header(opcode, fin, 0, True, length, header_bytes)
 
 
-# --- everything else ------------------------------------------------------------------------------------
+# --- everything else ------------------------------------------------------------------------------
 
 
 class MessageReader:
@@ -388,7 +388,7 @@ def _control_event(opcode: int, payload: bytes) -> Ping | Pong | Close:
         raise Violation(BAD_DATA, "the close reason is not valid UTF-8") from error
 
 
-# --- sending --------------------------------------------------------------------------------------------
+# --- sending --------------------------------------------------------------------------------------
 
 # The header of a server's frame with a short payload, by its length. A server never masks (RFC 6455 5.1).
 _TEXT_HEADERS: Final = [bytes((0x80 | TEXT, n)) for n in range(126)]

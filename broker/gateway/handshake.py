@@ -129,7 +129,7 @@ class Upgrade(NamedTuple):
     host: str
 
 
-# --- heads ----------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def parse_head(data: bytes | bytearray, limit: int = HEAD_BYTES_MAX) -> Head | None:
@@ -233,7 +233,7 @@ def _origin_form(method: str, target: str, host: str | None) -> str:
     return rest if rest.startswith("/") else "/" + rest
 
 
-# --- upgrades -------------------------------------------------------------------------------------------
+# --- upgrades -------------------------------------------------------------------------------------
 
 
 def is_upgrade(head: Head) -> bool:
@@ -332,7 +332,7 @@ def choose_subprotocol(offered: tuple[str, ...], supported: tuple[str, ...] = ()
     return next((protocol for protocol in supported if protocol in offered), None)
 
 
-# --- answers --------------------------------------------------------------------------------------------
+# --- answers --------------------------------------------------------------------------------------
 
 
 def switching_response(key: str, subprotocol: str | None = None) -> bytes:
@@ -389,7 +389,7 @@ def error_response(status: int, text: str | bytes, headers: Headers | list[tuple
     return "\r\n".join(lines).encode("latin-1") + body
 
 
-# --- origins --------------------------------------------------------------------------------------------
+# --- origins --------------------------------------------------------------------------------------
 
 _DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 _origin = re.compile(

@@ -24,8 +24,11 @@ from hibernation.logs import get_logger
 PARKED_EVENTS: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
 #: The peer has ended its side, or the connection has failed.
 ENDED: Final = EPOLLRDHUP | EPOLLHUP | EPOLLERR
-#: Descriptors looked at in one tick.
+#: Descriptors looked at in one poll.
 EVENTS_PER_TICK: Final = 1024
+#: A tick polls again as long as there is something, so often at most: waking a host costs more than a poll,
+#: and what came meanwhile goes with the same message.
+POLLS_PER_TICK: Final = 4
 #: Nothing of the gateway is timed more finely.
 CLOCK_SECONDS: Final = 0.05
 
@@ -101,15 +104,19 @@ class Hub:
     def _tick(self) -> None:
         self.now = monotonic()
         self.ticks += 1
-        handlers, parked = self._handlers, self._parked
-        for descriptor, events in self._epoll.poll(0, EVENTS_PER_TICK):
-            if not parked(descriptor, events):
-                handler = handlers.get(descriptor)
-                if handler is not None:
-                    try:
-                        handler(events)
-                    except Exception:
-                        log.exception("a handler of the gateway failed")
+        handlers, parked, poll = self._handlers, self._parked, self._epoll.poll
+        for _ in range(POLLS_PER_TICK):
+            ready = poll(0, EVENTS_PER_TICK)
+            if not ready:
+                break
+            for descriptor, events in ready:
+                if not parked(descriptor, events):
+                    handler = handlers.get(descriptor)
+                    if handler is not None:
+                        try:
+                            handler(events)
+                        except Exception:
+                            log.exception("a handler of the gateway failed")
         self._end_of_tick()
 
     async def _clock(self) -> None:

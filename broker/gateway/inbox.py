@@ -87,8 +87,7 @@ class Inbox:
         self.on_violation: Callable[[int, int, str], None]
         self.on_gone: Callable[[int], None]
 
-    # --- Reading
-    # -------------------------------------------------------------------------------------------------
+    # --- Reading ----------------------------------------------------------------------------------
 
     def pump(self, slot: int) -> None:
         """Look at what the kernel holds for a connection and dispatch what is whole, within the bounds of
@@ -249,8 +248,7 @@ class Inbox:
         elif link.inflight_bytes >= link.bytes_max:
             link.waiting.append(slot)
 
-    # --- Acknowledgements
-    # ----------------------------------------------------------------------------------------
+    # --- Acknowledgements -------------------------------------------------------------------------
 
     def acknowledge(self, slot: int, end: int) -> None:
         """The turn of the message that ends at `end` is over: consume it, and go on with what was left."""
@@ -323,8 +321,7 @@ class Inbox:
         except OSError:
             return  # the end is noticed where it is looked for
 
-    # --- The host has died
-    # -----------------------------------------------------------------------------------------
+    # --- The host has died ------------------------------------------------------------------------
 
     def forget_in_flight(self, slot: int) -> None:
         """Nothing that was dispatched has been acknowledged: look at it all again when the next host is
@@ -386,8 +383,7 @@ class Inbox:
             # Nobody waits for any of this: take it out as it comes.
             table.consumed[slot] += table.sockets[slot].recv_into(buffer, end)  # type: ignore[union-attr]
 
-    # --- Messages too large for the kernel's buffer
-    # ------------------------------------------------------------------
+    # --- Messages too large for the kernel's buffer -----------------------------------------------
 
     def _begin_spill(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
         table = self._connections
@@ -407,7 +403,8 @@ class Inbox:
         """
         table = self._connections
         file, buffer, sock = reading.file, self._buffer, table.sockets[slot]
-        assert file is not None and sock is not None
+        assert file is not None
+        assert sock is not None
         if reading.complete:
             table.flags[slot] |= DEFERRED  # the next message may wait until this one is acknowledged
             return

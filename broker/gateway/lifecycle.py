@@ -19,11 +19,14 @@ Invariants:
 """
 
 import contextlib
+import fcntl
 import socket
+import struct
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import Any
+from typing import Any, Final
 
 from broker.gateway.connections import (
     CLOSED,
@@ -47,6 +50,9 @@ from hibernation import wire
 from hibernation.logs import get_logger
 from hibernation.settings import Settings
 from storage.registry import RegistryBatch, Row
+
+#: ioctl: bytes sent that the peer's TCP has not acknowledged (tcp(7)).
+SIOCOUTQ: Final = 0x5411
 
 log = get_logger("lifecycle")
 
@@ -117,6 +123,9 @@ class Lifecycle:
         self.draining = False
         self.accepted = 0
         self.closes: dict[str, int] = {}
+        # Set by the doors: what becomes of a newcomer whose id was taken, when the other lives or is dead.
+        self.on_duplicate: Callable[[int], None]
+        self.on_vacant: Callable[[int], None]
         inbox.on_ping = self.ping_came
         inbox.on_close_frame = self.close_frame_came
         inbox.on_violation = self.violated
@@ -126,8 +135,7 @@ class Lifecycle:
     def _now(self) -> int:
         return int(self._hub.now)
 
-    # --- Coming in
-    # -----------------------------------------------------------------------------------------------
+    # --- Coming in --------------------------------------------------------------------------------
 
     def store(self, slot: int) -> None:
         """Everybody agrees: write the row. The 101 follows its commit."""
@@ -165,7 +173,8 @@ class Lifecycle:
     def _forget(self, slot: int) -> socket.socket:
         table = self._connections
         sock, room = table.sockets[slot], table.room[slot]
-        assert sock is not None and room is not None
+        assert room is not None
+        assert sock is not None
         self._newcomers.pop(slot, None)
         table.unindex(slot)
         table.unwatch(sock.fileno())
@@ -180,7 +189,8 @@ class Lifecycle:
             if not table.holds(slot, number):
                 continue
             room, sock = table.room[slot], table.sockets[slot]
-            assert room is not None and sock is not None
+            assert room is not None
+            assert sock is not None
             newcomer = self._newcomers[slot]
             if self.draining:
                 self.batch.forget(number)
@@ -258,8 +268,7 @@ class Lifecycle:
             flags[slot] &= ~DEFERRED
             self._inbox.pump(slot)
 
-    # --- What epoll says
-    # -------------------------------------------------------------------------------------------
+    # --- What epoll says --------------------------------------------------------------------------
 
     def ready(self, slot: int, events: int) -> None:
         """A parked connection's descriptor has something to say."""
@@ -302,8 +311,7 @@ class Lifecycle:
             ending.answered = True
             self._end(slot, ending)
 
-    # --- Control frames
-    # ----------------------------------------------------------------------------------------------
+    # --- Control frames ---------------------------------------------------------------------------
 
     def ping_came(self, slot: int, payload: bytes) -> None:
         """Answer a ping (RFC 6455, section 5.5.3); one that cannot be answered soon is not answered at
@@ -349,8 +357,7 @@ class Lifecycle:
         else:
             self._end(slot, Ending(1006, "", False, cause, answered=True))
 
-    # --- Closing
-    # -----------------------------------------------------------------------------------------------------
+    # --- Closing ----------------------------------------------------------------------------------
 
     def close(self, slot: int, code: int, reason: str, cause: str) -> None:
         """Close from our side: send Close, wait for the peer's, for close_timeout_seconds at most."""
@@ -416,7 +423,8 @@ class Lifecycle:
     def _finish(self, slot: int, ending: Ending) -> None:
         table = self._connections
         room, sock = table.room[slot], table.sockets[slot]
-        assert room is not None and sock is not None
+        assert room is not None
+        assert sock is not None
         number = table.number[slot]
         self._rooms.unlink(slot)
         self._probes.pop(slot, None)
@@ -501,8 +509,7 @@ class Lifecycle:
             self._end(slot, self._endings[slot])
             self.reopened = any(table.phase[each] == OPEN for each in self._endings)
 
-    # --- Goodbye to sockets
-    # ------------------------------------------------------------------------------------------
+    # --- Goodbye to sockets -----------------------------------------------------------------------
 
     def say_goodbye(self, sock: socket.socket, answer: bytes) -> None:
         """Send a last answer on a socket that is nobody's, and close it so that the answer is read."""
@@ -551,8 +558,7 @@ class Lifecycle:
             self._hub.unwatch(descriptor)
             sock.close()
 
-    # --- Hosts come and go
-    # -------------------------------------------------------------------------------------------
+    # --- Hosts come and go ------------------------------------------------------------------------
 
     def host_gone(self, host: HostLink) -> None:
         """What its turns had not acknowledged is as if it had never been dispatched."""
@@ -592,8 +598,7 @@ class Lifecycle:
             elif phase == CLOSED:
                 self._ask_close(slot, room, self._endings[slot])
 
-    # --- Liveness
-    # ------------------------------------------------------------------------------------------------------
+    # --- Liveness ---------------------------------------------------------------------------------
 
     def sweep(self) -> None:
         """Once a second: look at a part of all connections, so that each is looked at every few seconds
@@ -621,12 +626,9 @@ class Lifecycle:
 
     def _has_acknowledged(self, slot: int) -> bool:
         """Whether the peer's TCP has taken all that we sent, our ping included."""
-        import fcntl
-        import struct
-
         sock = self._connections.sockets[slot]
         assert sock is not None
-        waiting = fcntl.ioctl(sock.fileno(), 0x5411, b"\0\0\0\0")  # SIOCOUTQ, tcp(7)
+        waiting = fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(4))
         return bool(struct.unpack("i", waiting)[0] == 0 and not self._sender.waiting_bytes(slot))
 
     def probe(self, slot: int, newcomer: int, seconds: float) -> None:
@@ -666,17 +668,7 @@ class Lifecycle:
             self._sender.send(slot, encode_close(4409, "replaced"))
             self._end(slot, Ending(4409, "replaced", False, "replaced", answered=True))
 
-    # Set by the doors: what becomes of a newcomer whose id was taken.
-    def on_duplicate(self, newcomer: int) -> None:
-        """The other lives."""
-        raise NotImplementedError
-
-    def on_vacant(self, newcomer: int) -> None:
-        """The other is dead."""
-        raise NotImplementedError
-
-    # --- Left by the gateway before
-    # ----------------------------------------------------------------------------------------
+    # --- Left by the gateway before ---------------------------------------------------------------
 
     def survived(self, row: Row, room: RoomRecord) -> None:
         """A row without a socket: its client was cut off when the gateway before this one died (S35)."""
@@ -694,8 +686,7 @@ class Lifecycle:
         )
         self._endings[slot] = ending
 
-    # --- The end of the gateway
-    # --------------------------------------------------------------------------------------------
+    # --- The end of the gateway -------------------------------------------------------------------
 
     def drain(self) -> "deque[tuple[int, int]]":
         """Nobody comes in any more; returns who has to leave."""

@@ -1,0 +1,118 @@
+"""The host's records: a kind of room, one room's place in its host, what commits together, one task of the
+pool.
+
+Owns no behaviour beyond making them. Peers: `hibernation.host`, which runs turns by them, and the modules it
+is made of.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from hibernation.party import Party
+from hibernation.settings import RoomSettings, Settings
+from storage.shards import ShardBatch
+
+if TYPE_CHECKING:
+    from hibernation.room import Connection, Room
+
+#: An event of the link: its kind, its room's key, and what `hibernation.wire` says of that kind.
+Event = list[Any]
+
+
+class Kind:
+    """A party with everything about it that does not change while the host runs."""
+
+    __slots__ = (
+        "cls",
+        "evicts_at_once",
+        "hibernate",
+        "hooks",
+        "idle_seconds",
+        "message_parameters",
+        "name",
+        "parameters",
+        "settings",
+        "starts",
+    )
+
+    def __init__(self, party: Party, base: Settings) -> None:
+        self.name = party.name
+        self.cls = party.cls
+        self.hooks = party.hooks
+        self.settings: RoomSettings = party.settings(base)
+        self.hibernate = party.hibernate
+        self.idle_seconds = self.settings.idle_seconds
+        self.evicts_at_once = self.hibernate and not self.idle_seconds
+        self.starts = party.has_on_start
+        #: How many arguments each hook takes.
+        self.parameters = {name: spec.parameters for name, spec in party.specs.items()}
+        self.message_parameters = party.on_message_parameters
+
+
+class Cell:
+    """One room's place in its host: what waits for it, what it has in memory, what of it is not yet on disk.
+
+    Made for nearly every message, since rooms hibernate: what most cells never need is a class attribute
+    until it is set.
+    """
+
+    #: Connections of this burst with values that the gateway has not acknowledged; they outlive the burst.
+    edited = 0
+    #: Number of the batch that holds the newest uncommitted writes; 0: all is on disk.
+    gate = 0
+    #: Everything stored before `pending` is to be deleted.
+    pending_cleared = False
+    #: Attempts to start that failed, and when to try again; 0: at once.
+    failures = 0
+    retry_at = 0.0
+    #: Streamed responses that are still being made.
+    streams = 0
+    #: When its last turn ended, for rooms that stay a while.
+    used_at = 0.0
+    server: Any = None
+    room: "Room | None" = None
+    #: `on_start` has run, or there is none.
+    started = False
+    running = False
+
+    def __init__(self, key: str, kind: Kind) -> None:
+        self.key = key
+        self.kind = kind
+        self.events: deque[Event] = deque()
+        self.scheduled = True
+        #: Connections that this burst has met, by number.
+        self.connections: dict[int, Connection] = {}
+        #: Written, not yet committed: key to value, None for deleted.
+        self.pending: dict[str, bytes | None] = {}
+
+
+@dataclass(slots=True)
+class Batch:
+    """What commits together, and the results that leave when it has."""
+
+    number: int
+    shards: dict[int, ShardBatch] = field(default_factory=dict)
+    results: list[Any] = field(default_factory=list)
+    edits: "list[tuple[Cell, Connection]]" = field(default_factory=list)
+    cells: set[Cell] = field(default_factory=set)
+    after: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Worker:
+    """One task of the pool, and the turn it is in."""
+
+    __slots__ = ("cell", "event", "hook", "scope", "started", "task")
+
+    def __init__(self) -> None:
+        self.task: trio.lowlevel.Task | None = None
+        self.scope = trio.CancelScope()
+        #: None between bursts.
+        self.cell: Cell | None = None
+        #: Empty while the room is being started.
+        self.event: Event = []
+        self.hook = ""
+        self.started = 0.0

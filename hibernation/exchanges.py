@@ -1,0 +1,282 @@
+"""HTTP in the host: requests for rooms, the static hooks before them, and streamed answers (S9, S26).
+
+Owns the requests in progress and the credit of their streams. Must not parse HTTP. Peers:
+`broker.gateway.forward` over the link, `hibernation.turns`, and `hibernation.requests`, which is imported
+with the first request: Quart costs 35 MB.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import trio
+
+from hibernation import wire
+from hibernation.cells import Cell, Event, Kind, Worker
+from hibernation.commits import Commits
+from hibernation.errors import Refuse
+from hibernation.pool import Pool
+from hibernation.room import Lobby, Room
+from hibernation.settings import Settings
+from hibernation.suspension import watched
+from hibernation.turns import Turns
+
+if TYPE_CHECKING:
+    from hibernation.requests import Reply
+
+#: Chunks of one streamed answer that may be on their way to its client.
+STREAM_CHUNKS: Final = 8
+#: What a stream's `aclose` may take.
+CLEAN_UP_SECONDS: Final = 1.0
+
+#: What is being done for a request: None while it waits, then the worker of its turn, or the scope of its
+#: task.
+Doing = Worker | trio.CancelScope | None
+
+
+class Exchanges:
+    """See the module.
+
+    Args:
+        put: Adds an item to what leaves next.
+        finish: Takes over a turn's result: cell, room, result.
+        flush: Lets leave what has been put.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        env: dict[str, str],
+        kinds: dict[str, Kind],
+        turns: Turns,
+        pool: Pool,
+        commits: Commits,
+        put: Callable[[list[Any]], None],
+        finish: Callable[[Cell, Room, list[Any]], None],
+        flush: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._env = env
+        self._kinds = kinds
+        self._turns = turns
+        self._pool = pool
+        self._commits = commits
+        self._put = put
+        self._finish = finish
+        self._flush = flush
+        self._doing: dict[int, Doing] = {}
+        self._credits: dict[int, trio.Semaphore] = {}
+
+    @property
+    def streaming(self) -> bool:
+        """Whether an answer is being streamed."""
+        return bool(self._credits)
+
+    def forget(self) -> None:
+        """The gateway has gone, and with it every client that waits for an answer."""
+        self._doing.clear()
+        self._credits.clear()
+
+    # --- From the link ----------------------------------------------------------------------------
+
+    def requested(self, event: Event) -> None:
+        """A request for a room: the before-hook first, if there is one, then the room's turn."""
+        _, key, number, _ = event
+        self._doing[number] = None
+        kind = self._kinds[key.split("/", 1)[0]]
+        if "on_before_request" in kind.hooks:
+            self._pool.spawn(self._before_request, kind, event)
+        else:
+            self._pool.deliver(key, kind, event)
+
+    def asked_before(self, event: Event) -> None:
+        """May this upgrade go on?"""
+        self._pool.spawn(self._before_connect, event)
+
+    def fetched(self, event: Event) -> None:
+        """A request that belongs to no room."""
+        self._doing[event[2]] = None
+        self._pool.spawn(self._fetch, event)
+
+    def credit(self, number: int, chunks: int) -> None:
+        """The client of a stream has taken chunks."""
+        credit = self._credits.get(number)
+        if credit is not None:
+            for _ in range(chunks):
+                credit.release()
+
+    def cancel(self, number: int) -> None:
+        """The client of a request has left: its turn is cancelled, its stream ends (S26)."""
+        doing = self._doing.pop(number, None)
+        if isinstance(doing, Worker):
+            if doing.event and doing.event[0] == wire.REQUEST and doing.event[2] == number:
+                doing.scope.cancel()
+        elif doing is not None:
+            doing.cancel()
+
+    def is_waiting(self, number: int) -> bool:
+        """Whether a client still waits for this request's answer."""
+        return number in self._doing
+
+    # --- Rooms ------------------------------------------------------------------------------------
+
+    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+        """Run `on_request`, and let its answer leave with the rest of the turn."""
+        from hibernation.requests import build_request, error_reply, to_reply
+
+        number = event[2]
+        if number not in self._doing:
+            room._effects = None  # its client left while it waited
+            return
+        self._doing[number] = worker
+        self._put([wire.BEGUN, number])
+        worker.hook = "on_request"
+        request = build_request(event[3])
+        reply: Reply | None
+        try:
+            value = await self._turns.call(cell.kind, worker.hook, cell.server, request)
+            reply = await watched(to_reply(value), self._pool.suspended)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            reply = error_reply(error)
+            if reply is None:
+                effects = await self._turns.fail(cell, room, worker, None, error)
+                self.fail(number, effects, error)
+                self._finish(cell, room, [wire.EFFECTS, effects])
+                return
+            room._discard()  # an answer by exception is still the end of a turn that did not go through
+            effects = room._begin()
+        if isinstance(reply.body, bytes):
+            self._doing.pop(number, None)
+            effects.append([wire.RESPOND, number, reply.status, reply.headers, reply.body])
+            self._finish(cell, room, [wire.EFFECTS, effects])
+            return
+        effects.append([wire.RESPOND, number, reply.status, reply.headers, None])
+        body = reply.body
+        self._doing[number] = None
+        cell.streams += 1
+        self._finish(cell, room, [wire.EFFECTS, effects])
+        self._commits.after(cell, lambda: self._pool.spawn(self._stream, cell, number, body))
+
+    def fail(self, number: int, effects: list[Any], error: BaseException) -> None:
+        """Add the answer to a request whose turn has failed."""
+        self._doing.pop(number, None)
+        effects.append([wire.RESPOND, number, 500, _TEXT, self._turns.blame(error)])
+
+    # --- Static hooks -----------------------------------------------------------------------------
+
+    async def _static(self, kind: Kind, hook: str, fields: dict[str, Any]) -> "tuple[Reply | None, Any]":
+        """Call a static hook. Gives the answer, if it is one, and the request with what the hook changed."""
+        from hibernation.requests import Reply, Request, build_request, error_reply, refusal, to_reply
+
+        request = build_request(fields)
+        room = fields.get("room")
+        lobby = Lobby(room, kind.name, self._env)
+        try:
+            with trio.fail_after(kind.settings.turn_timeout):
+                value = getattr(kind.cls, hook)(*(request, lobby)[: kind.parameters[hook]])
+                if isinstance(value, Awaitable):
+                    value = await value
+            if value is None:
+                return None, request
+            if isinstance(value, Request):
+                return None, value
+            return await to_reply(value), request
+        except Refuse as refused:
+            return refusal(refused), request
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - the app's code may raise anything
+            reply = error_reply(error)
+            if reply is None:
+                self._turns.log_failure(f"{hook} failed", None, error, party=kind.name, room=room)
+                reply = Reply(500, _TEXT, self._turns.blame(error))
+            return reply, request
+
+    async def _before_connect(self, event: Event) -> None:
+        from hibernation.requests import request_fields
+
+        _, key, number, fields = event
+        kind = self._kinds[key.split("/", 1)[0]]
+        refused, request = await self._static(kind, "on_before_connect", fields)
+        if refused is None:
+            self._put([wire.ADMIT, number, 0, request_fields(request)["headers"], b""])
+        else:
+            self._put([wire.ADMIT, number, refused.status, refused.headers, await _whole(refused.body)])
+        self._flush()
+
+    async def _before_request(self, kind: Kind, event: Event) -> None:
+        from hibernation.requests import request_fields
+
+        _, key, number, fields = event
+        with trio.CancelScope() as scope:
+            self._doing[number] = scope
+            refused, request = await self._static(kind, "on_before_request", fields)
+            if refused is not None:
+                await self._answer(number, refused)
+                return
+        if scope.cancelled_caught:
+            return
+        self._doing[number] = None
+        self._pool.deliver(key, kind, [wire.REQUEST, key, number, {**fields, **request_fields(request)}])
+        self._pool.activate()
+
+    async def _fetch(self, event: Event) -> None:
+        from hibernation.requests import Reply
+
+        _, _, number, fields = event
+        with trio.CancelScope() as scope:
+            self._doing[number] = scope
+            self._put([wire.BEGUN, number])
+            reply, _ = await self._static(self._kinds["main"], "on_fetch", fields)
+            await self._answer(number, reply or Reply(404, _TEXT, b"not found\n"))
+        self._doing.pop(number, None)
+
+    async def _answer(self, number: int, reply: "Reply") -> None:
+        """Answer a request with which no turn has to do."""
+        whole = reply.body if isinstance(reply.body, bytes) else None
+        self._put([wire.EFFECTS, [[wire.RESPOND, number, reply.status, reply.headers, whole]]])
+        self._flush()
+        if not isinstance(reply.body, bytes):
+            await self._stream(None, number, reply.body)
+        self._doing.pop(number, None)
+
+    # --- Streams ----------------------------------------------------------------------------------
+
+    async def _stream(self, cell: Cell | None, number: int, body: Any) -> None:
+        """Send an answer piece by piece, outside of any turn, as fast as its client takes it."""
+        credit = self._credits[number] = trio.Semaphore(STREAM_CHUNKS)
+        whole = False
+        try:
+            with trio.CancelScope() as scope:
+                if number not in self._doing:
+                    scope.cancel()  # its client left before the first piece
+                elif cell is not None:
+                    self._doing[number] = scope
+                async for chunk in body:
+                    await credit.acquire()
+                    self._put([wire.CHUNK, number, bytes(chunk)])
+                    self._flush()
+                whole = True
+        except Exception as error:  # noqa: BLE001 - room code may raise anything
+            self._turns.log_failure("streaming a response failed", cell, error)
+        finally:
+            if hasattr(body, "aclose"):
+                with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+                    await body.aclose()
+            self._credits.pop(number, None)
+            self._doing.pop(number, None)
+            self._put([wire.FINISH, number, whole])
+            self._flush()
+            if cell is not None:
+                self._pool.stream_ended(cell)
+
+
+_TEXT: Final = [("content-type", "text/plain; charset=utf-8")]
+
+
+async def _whole(body: Any) -> bytes:
+    """A body as bytes, also if it comes in pieces."""
+    if isinstance(body, bytes):
+        return body
+    return b"".join([bytes(chunk) async for chunk in body])

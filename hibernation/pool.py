@@ -1,0 +1,442 @@
+"""The pool: workers that give ready rooms their turns, and the life of rooms in memory.
+
+Owns the cells, the queue of ready ones, and the tasks. Must not know what a turn does, or how events come and
+results leave. Peers: `hibernation.turns` (what an event means), `hibernation.host` (the link).
+
+Whichever worker finds nothing ready waits for the link; all others park. A turn that never really waits costs
+no task switch: the worker runs room after room. When a turn does wait, `suspended` brings in another worker.
+
+Invariants:
+    H1  at most one turn of a room runs at a time, and events of a room start in the order of their arrival
+    H4  a cell is in `cells` while it has events, a running turn, an object in memory, uncommitted writes, or
+        connection values that the gateway has not acknowledged; and in `_ready` at most once
+    H5  either some worker waits for the link, or one is running, or one has been woken
+"""
+
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from types import CoroutineType
+from typing import Any, Final, Protocol
+
+import trio
+
+from hibernation.cells import Cell, Event, Kind, Worker
+from hibernation.errors import TurnTimeout
+from hibernation.room import Backstage, Room
+from hibernation.settings import Settings
+from hibernation.suspension import watched
+
+#: Rooms whose last waking is remembered, for `broker rooms` and the admin pages.
+RECENT_ROOMS: Final = 1024
+#: Delays between attempts to start a room whose `__init__` or `on_start` failed (S4).
+RETRY_FIRST_SECONDS: Final = 0.1
+RETRY_LAST_SECONDS: Final = 10.0
+#: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
+CLOCK_SECONDS: Final = 0.05
+
+
+class Turns(Protocol):
+    """What the pool needs to know of turns."""
+
+    async def run(self, cell: Cell, worker: Worker, event: Event) -> None:
+        """Run one event's turn to its end, well or not."""
+
+    async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
+        """End a turn that was cancelled from inside."""
+
+    def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
+        """The effects of `on_start` may leave when its writes are on disk."""
+
+    def log_failure(self, text: str, cell: Cell, error: BaseException, **more: Any) -> None:
+        """Say in the log what went wrong in a room."""
+
+
+class Pool:
+    """See the module.
+
+    Args:
+        settings: Of the instance.
+        backstage: What rooms reach the world through.
+        env: What rooms see as `room.env`.
+        wait: Returns when the link has something.
+        receive: Takes it, and gives events to `deliver`.
+        flush: Lets leave what turns have produced.
+        is_full: Whether what has been produced has to leave before more is.
+        is_deserted: Whether a room has no connection.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        backstage: Backstage,
+        env: dict[str, str],
+        *,
+        wait: Callable[[], Awaitable[None]],
+        receive: Callable[[], None],
+        flush: Callable[[], None],
+        is_full: Callable[[], bool],
+        is_deserted: Callable[[str], Awaitable[bool]],
+    ) -> None:
+        self._settings = settings
+        self._backstage = backstage
+        self._env = env
+        self._wait = wait
+        self._receive = receive
+        self._flush = flush
+        self._is_full = is_full
+        self._is_deserted = is_deserted
+        self.turns: Turns
+        self.cells: dict[str, Cell] = {}
+        self._ready: deque[Cell] = deque()
+        self._workers: set[Worker] = set()
+        self._parked: list[Worker] = []
+        self._waiting = False
+        self._nursery: trio.Nursery | None = None
+        self._idle: dict[Cell, None] = {}
+        self._retries: set[Cell] = set()
+        self._clock_wanted = trio.Event()
+        self._recent: dict[str, tuple[int, float]] = {}
+        #: No turn is started any more.
+        self.retiring = False
+        self.awake = 0
+        self.wakes = 0
+        self.evictions = 0
+        #: The room whose turn was begun last, for the watchdog.
+        self.active = ""
+
+    # --- Tasks ------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Give ready rooms their turns, until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            self._nursery.start_soon(self._clock)
+            self._nursery.start_soon(self._work)
+
+    def spawn(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Run something beside the rooms, for as long as the pool runs."""
+        assert self._nursery is not None
+        self._nursery.start_soon(function, *arguments)
+
+    async def _work(self) -> None:
+        worker = Worker()
+        worker.task = trio.lowlevel.current_task()
+        self._workers.add(worker)
+        try:
+            while True:
+                with trio.CancelScope() as worker.scope:
+                    await self._rounds(worker)
+                # Cancelled from inside: a turn took too long, or its client has left.
+                cell, event = worker.cell, worker.event
+                if cell is not None:
+                    with trio.CancelScope() as worker.scope:
+                        await self._end_cancelled(cell, worker, event)
+        finally:
+            self._workers.discard(worker)
+
+    async def _rounds(self, worker: Worker) -> None:
+        ready = self._ready
+        while True:
+            while ready and not self._is_full():
+                await self._burst(ready.popleft(), worker)
+            self._flush()
+            if self._waiting:
+                await self._park(worker)
+                continue
+            self._waiting = True
+            try:
+                await self._wait()
+            finally:
+                self._waiting = False
+            self._receive()
+
+    async def _park(self, worker: Worker) -> None:
+        def abort(_: Any) -> trio.lowlevel.Abort:
+            self._parked.remove(worker)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        self._parked.append(worker)
+        await trio.lowlevel.wait_task_rescheduled(abort)
+
+    def activate(self) -> None:
+        """Bring one more worker to work."""
+        if self._parked:
+            worker = self._parked.pop()
+            assert worker.task is not None
+            trio.lowlevel.reschedule(worker.task)
+        elif self._nursery is not None:
+            self._nursery.start_soon(self._work)
+
+    def suspended(self) -> None:
+        """A turn begins to wait: another worker goes on, and what has been produced leaves now (H5)."""
+        if self._ready or not self._waiting:
+            self.activate()
+        else:
+            self._flush()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn is under way."""
+        return any(worker.cell is not None for worker in self._workers)
+
+    def cancel_turns(self) -> None:
+        """Cancel every turn that is under way; each is then ended as one that failed."""
+        for worker in list(self._workers):
+            if worker.cell is not None:
+                worker.scope.cancel()
+
+    def retire(self) -> None:
+        """Start no more turns; the events that have not begun are somebody else's."""
+        self.retiring = True
+        self._ready.clear()
+        for cell in self.cells.values():
+            if not cell.running:
+                cell.events.clear()
+
+    def forget(self) -> None:
+        """The gateway has gone, and will deliver again what was not acknowledged: start from nothing."""
+        assert self._nursery is not None
+        self._nursery.cancel_scope.cancel()
+        self._nursery = None
+        self.cells.clear()
+        self._ready.clear()
+        self._parked.clear()
+        self._idle.clear()
+        self._retries.clear()
+        self._waiting = False
+        self.awake = 0
+
+    # --- Rooms ------------------------------------------------------------------------------------
+
+    def deliver(self, key: str, kind: Kind, event: Event) -> None:
+        """Put an event into its room's cell, and the cell among the ready."""
+        cell = self.cells.get(key)
+        if cell is None:
+            cell = self.cells[key] = Cell(key, kind)
+            cell.events.append(event)
+            self._ready.append(cell)
+            return
+        cell.events.append(event)
+        self._schedule(cell)
+
+    def _schedule(self, cell: Cell) -> None:
+        if not cell.running and not cell.scheduled and not cell.retry_at and not self.retiring:
+            cell.scheduled = True
+            self._ready.append(cell)
+
+    async def _burst(self, cell: Cell, worker: Worker) -> None:
+        """Give a room its turns: construct it if need be, drain its events, let it go (S24)."""
+        cell.scheduled = False
+        if self.retiring:
+            return
+        cell.running = True
+        worker.cell = cell
+        if cell.server is not None or self._construct(cell, worker):
+            if not cell.started and not await self._start(cell, worker):
+                self._rest(cell, worker)
+                return
+            events = cell.events
+            budget = self._settings.turns_per_room_burst
+            run = self.turns.run
+            self.active = cell.key
+            while events and budget:
+                budget -= 1
+                worker.event = event = events.popleft()
+                worker.started = monotonic()
+                await run(cell, worker, event)
+        self._rest(cell, worker)
+
+    def _construct(self, cell: Cell, worker: Worker) -> bool:
+        """Make the room's object. False: its `__init__` failed, and is tried again later (S4)."""
+        worker.event = []
+        worker.hook = "__init__"
+        room = Room(self._backstage, cell.key, cell.kind.settings, self._env, cell.connections, cell.pending)
+        if cell.pending_cleared:
+            room._pending_cleared = True
+        cell.room = room
+        try:
+            cell.server = cell.kind.cls(room)
+        except BaseException as error:  # noqa: BLE001, ASYNC103 - room code may raise anything; nothing is awaited
+            self._start_failed(cell, error)
+            return False  # noqa: ASYNC104
+        for connection in cell.connections.values():
+            connection._room = room
+        cell.failures = 0
+        cell.started = not cell.kind.starts
+        self.awake += 1
+        self.wakes += 1
+        recent = self._recent
+        before = recent.pop(cell.key, None)
+        if before is None and len(recent) >= RECENT_ROOMS:
+            del recent[next(iter(recent))]
+        recent[cell.key] = (1 if before is None else before[0] + 1, monotonic())
+        return True
+
+    async def _start(self, cell: Cell, worker: Worker) -> bool:
+        """Run `on_start`. False: it failed, and is tried again later (S3, S4)."""
+        room = cell.room
+        assert room is not None
+        worker.hook = "on_start"
+        worker.started = monotonic()
+        effects = room._begin()
+        seconds = cell.kind.settings.start_timeout
+        try:
+            with trio.move_on_after(seconds) as deadline:  # noqa: ASYNC912 - it is the user's hook that waits
+                result = cell.server.on_start()
+                if type(result) is CoroutineType:
+                    await watched(result, self.suspended)
+            if deadline.cancelled_caught:
+                raise TurnTimeout("on_start", seconds, "start_timeout")
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            self.awake -= 1
+            self._start_failed(cell, error)
+            return False
+        cell.started = True
+        self.turns.finish_start(cell, room, effects)
+        return True
+
+    def _start_failed(self, cell: Cell, error: BaseException) -> None:
+        """Events wait; the room is tried again, later each time."""
+        assert cell.room is not None
+        cell.room._discard()
+        cell.room = cell.server = None
+        cell.failures += 1
+        delay = min(RETRY_FIRST_SECONDS * 2 ** (cell.failures - 1), RETRY_LAST_SECONDS)
+        delay *= random.uniform(0.75, 1.25)
+        cell.retry_at = monotonic() + delay
+        self._retries.add(cell)
+        self._clock_wanted.set()
+        self.turns.log_failure("room does not start", cell, error, retry_seconds=round(delay, 2))
+
+    async def _end_cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
+        if event:
+            worker.started = monotonic()
+            await self.turns.cancelled(cell, worker, event)
+        elif cell.room is not None:
+            self.awake -= 1
+            self._start_failed(
+                cell, TurnTimeout("on_start", cell.kind.settings.start_timeout, "start_timeout")
+            )
+        self._rest(cell, worker)
+
+    def _rest(self, cell: Cell, worker: Worker) -> None:
+        """The room's burst is over, or its share of it: schedule it again, keep it, or evict it (S6)."""
+        cell.running = False
+        worker.cell = None
+        if cell.retry_at:
+            return
+        if cell.events and not self.retiring:
+            self._schedule(cell)
+            return
+        room = cell.room
+        if room is None:
+            self.forget_if_idle(cell)
+        elif not cell.streams and (cell.kind.evicts_at_once or room._evict):
+            self._evict(cell)
+        else:
+            cell.used_at = monotonic()
+            self._idle.pop(cell, None)
+            self._idle[cell] = None
+            self._clock_wanted.set()
+            if self.awake > self._settings.max_awake_rooms:
+                self._make_room()
+
+    def _evict(self, cell: Cell) -> None:
+        cell.server = cell.room = None
+        self.awake -= 1
+        self.evictions += 1
+        if self._idle:
+            self._idle.pop(cell, None)
+        if cell.edited:
+            cell.connections = {each._number: each for each in cell.connections.values() if each._edited}
+        elif cell.connections:
+            cell.connections.clear()
+        self.forget_if_idle(cell)
+
+    def forget_if_idle(self, cell: Cell) -> None:
+        """Drop the cell if nothing is left of it (H4)."""
+        if (
+            cell.server is None
+            and not cell.gate
+            and not cell.edited
+            and not cell.running
+            and not cell.events
+            and not cell.retry_at
+        ):
+            self.cells.pop(cell.key, None)
+
+    def stream_ended(self, cell: Cell) -> None:
+        """A response that the room was streaming has come to its end."""
+        cell.streams -= 1
+        if not cell.running and not cell.scheduled and cell.server is not None and not cell.streams:
+            if cell.kind.evicts_at_once:
+                self._evict(cell)
+            else:
+                cell.used_at = monotonic()
+
+    def _make_room(self) -> None:
+        """Evict the least recently used rooms beyond max_awake_rooms (S6)."""
+        for cell in list(self._idle):
+            if self.awake <= self._settings.max_awake_rooms:
+                return
+            if cell.kind.hibernate and not cell.running and not cell.scheduled and not cell.streams:
+                self._evict(cell)
+
+    # --- Time -------------------------------------------------------------------------------------
+
+    async def _clock(self) -> None:
+        while True:
+            with trio.move_on_after(1):
+                await self._clock_wanted.wait()
+            now = monotonic()
+            self._evict_idle(now)
+            for cell in list(self._retries):
+                if now >= cell.retry_at:
+                    cell.retry_at = 0.0
+                    self._retries.discard(cell)
+                    self._schedule(cell)
+                    self.activate()
+            for worker in self._workers:
+                running = worker.cell
+                if running is None or not worker.event:
+                    continue
+                if now - worker.started >= running.kind.settings.turn_timeout:
+                    worker.scope.cancel()
+            if not self._idle and not self._retries:
+                self._clock_wanted = trio.Event()
+            await trio.sleep(CLOCK_SECONDS)
+
+    def _evict_idle(self, now: float) -> None:
+        for cell in list(self._idle):
+            if cell.running or cell.scheduled or cell.streams or now - cell.used_at < cell.kind.idle_seconds:
+                continue
+            if cell.kind.hibernate:
+                self._evict(cell)
+            else:
+                cell.used_at = now
+                self.spawn(self._evict_if_deserted, cell)
+
+    async def _evict_if_deserted(self, cell: Cell) -> None:
+        """A room with `hibernate = False` stays while it has a connection (S6)."""
+        deserted = await self._is_deserted(cell.key)
+        busy = cell.running or cell.scheduled or cell.streams
+        if deserted and cell.server is not None and not busy:
+            self._evict(cell)
+
+    # --- Sight ------------------------------------------------------------------------------------
+
+    def describe(self, keys: list[str]) -> dict[str, dict[str, Any]]:
+        """What is known of rooms that were awake not long ago."""
+        now = monotonic()
+        return {
+            key: {
+                "awake": (cell := self.cells.get(key)) is not None and cell.server is not None,
+                "wakes": recent[0],
+                "woke_seconds_ago": round(now - recent[1], 3),
+            }
+            for key in keys
+            if (recent := self._recent.get(key)) is not None
+        }

@@ -1,0 +1,218 @@
+"""Turns: what each event means to a room, from the hook's call to the result that leaves (S9, S14, S19, S20).
+
+Owns the calling of hooks and what becomes of their failures. Must not know the link or the disk: results go
+to `finish` of the host. Peers: `hibernation.pool`, which gives each room one turn at a time, and
+`hibernation.room`, where a turn is staged.
+"""
+
+import traceback
+from collections.abc import Callable
+from types import CoroutineType
+from typing import Any, Protocol
+
+import trio
+
+from hibernation import wire
+from hibernation.cells import Cell, Event, Kind, Worker
+from hibernation.errors import TurnTimeout
+from hibernation.logs import get_logger
+from hibernation.room import Connection, ConnectionContext, Room, check_tags
+from hibernation.suspension import carry_on, watched
+
+log = get_logger("host")
+
+
+class Exchanges(Protocol):
+    """What turns need of the HTTP side; see `hibernation.exchanges`."""
+
+    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+        """Run `on_request`."""
+
+    def is_waiting(self, number: int) -> bool:
+        """Whether a client still waits for this request's answer."""
+
+    def fail(self, number: int, effects: list[Any], error: BaseException) -> None:
+        """Add the answer to a request whose turn has failed."""
+
+
+class Turns:
+    """See the module.
+
+    Args:
+        finish: Takes over a turn's result: cell, room, result.
+        suspended: Called when a hook begins to wait.
+        dev: Tracebacks may be shown to clients.
+    """
+
+    def __init__(
+        self, finish: Callable[[Cell, Room, list[Any]], None], suspended: Callable[[], None], *, dev: bool
+    ) -> None:
+        self._finish = finish
+        self._suspended = suspended
+        self.dev = dev
+        self.exchanges: Exchanges
+        self.failed = 0
+
+    async def run(self, cell: Cell, worker: Worker, event: Event) -> None:
+        """Run one event's turn to its end, well or not. Cancelled: `cancelled` has to end it."""
+        room = cell.room
+        assert room is not None
+        effects = room._begin()
+        kind = event[0]
+        if kind == wire.MESSAGE:
+            _, _, slot, number, card, state, end, data = event
+            connections = cell.connections
+            connection = connections.get(number)
+            if connection is None:
+                connection = connections[number] = Connection(room, slot, number, card, state)
+            else:
+                connection._refresh(card, state)
+            worker.hook = "on_message"
+            try:
+                result = cell.server.on_message(*(data, connection)[: cell.kind.message_parameters])
+                if type(result) is CoroutineType:
+                    try:
+                        trap = result.send(None)
+                    except StopIteration:
+                        pass
+                    else:
+                        self._suspended()
+                        await carry_on(result, trap)
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # noqa: BLE001 - room code may raise anything
+                effects = await self.fail(cell, room, worker, connection, error)
+            self._finish(cell, room, [wire.TURN, slot, number, end, effects])
+        elif kind == wire.CONNECT:
+            await self._connect(cell, room, worker, event, effects)
+        elif kind == wire.CLOSE:
+            await self._close(cell, room, worker, event, effects)
+        else:
+            await self.exchanges.turn(cell, room, worker, event, effects)
+
+    async def _connect(
+        self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]
+    ) -> None:
+        _, _, slot, number, card, state, fields = event
+        kind = cell.kind
+        connection = cell.connections[number] = Connection(room, slot, number, card, state)
+        context = ConnectionContext(fields)
+        failed = False
+        try:
+            if "get_connection_tags" in kind.hooks:
+                worker.hook = "get_connection_tags"
+                tags = await self.call(kind, worker.hook, cell.server, connection, context)
+                tags = check_tags(tags or (), kind.settings)
+                if tags:
+                    connection._retag(tags)
+            if "on_connect" in kind.hooks:
+                worker.hook = "on_connect"
+                await self.call(kind, worker.hook, cell.server, connection, context)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            effects = await self.fail(cell, room, worker, connection, error)
+            failed = True
+        self._finish(cell, room, [wire.CONNECTED, slot, number, failed, effects])
+
+    async def _close(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+        _, _, slot, number, card, state, code, reason, clean, cause = event
+        connection = cell.connections.get(number)
+        if connection is None:
+            connection = cell.connections[number] = Connection(room, slot, number, card, state)
+        else:
+            connection._refresh(card, state)
+        connection.close_cause = cause
+        connection._closed = True
+        worker.hook = "on_close"
+        try:
+            await self.call(cell.kind, worker.hook, cell.server, connection, code, reason, clean)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            effects = await self.fail(cell, room, worker, connection, error)
+        self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+        if not connection._edited:
+            cell.connections.pop(number, None)
+
+    async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
+        """End a turn that was cancelled from inside: it took too long, or the client of its request has
+        left.
+        """
+        room = cell.room
+        assert room is not None
+        kind = event[0]
+        error = TurnTimeout(worker.hook, cell.kind.settings.turn_timeout)
+        if kind == wire.REQUEST:
+            number = event[2]
+            if not self.exchanges.is_waiting(number):
+                room._discard()  # nobody waits for an answer, and nothing of the turn is kept (S26)
+                return
+            effects = await self.fail(cell, room, worker, None, error)
+            self.exchanges.fail(number, effects, error)
+            self._finish(cell, room, [wire.EFFECTS, effects])
+            return
+        slot, number = event[2], event[3]
+        effects = await self.fail(cell, room, worker, cell.connections.get(number), error)
+        if kind == wire.MESSAGE:
+            self._finish(cell, room, [wire.TURN, slot, number, event[6], effects])
+        elif kind == wire.CONNECT:
+            self._finish(cell, room, [wire.CONNECTED, slot, number, True, effects])
+        else:
+            self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+
+    def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
+        """`on_start` is a turn of its own: its effects leave when its writes are on disk."""
+        self._finish(cell, room, [wire.EFFECTS, effects])
+
+    async def call(self, kind: Kind, hook: str, owner: Any, *arguments: Any) -> Any:
+        """Call a hook with as many arguments as it takes; await it if it has to be."""
+        result = getattr(owner, hook)(*arguments[: kind.parameters[hook]])
+        if type(result) is CoroutineType:
+            return await watched(result, self._suspended)
+        return result
+
+    async def fail(
+        self, cell: Cell, room: Room, worker: Worker, connection: Connection | None, error: BaseException
+    ) -> list[Any]:
+        """A turn has failed (S20): undo it, log it, tell `on_error`; return the effects of that hook."""
+        room._discard()
+        self.failed += 1
+        self.log_failure(f"{worker.hook} failed", cell, error, connection=connection)
+        effects = room._begin()
+        if "on_error" not in cell.kind.hooks:
+            return effects
+        worker.hook = "on_error"
+        try:
+            await self.call(cell.kind, worker.hook, cell.server, connection, error)
+        except trio.Cancelled:
+            raise
+        except BaseException as second:  # noqa: BLE001 - room code may raise anything
+            room._discard()
+            self.log_failure("on_error failed", cell, second, connection=connection)
+            effects = room._begin()
+        return effects
+
+    def blame(self, error: BaseException) -> bytes:
+        """What the client of a failed request is told: the traceback in dev, nothing of it elsewhere
+        (S39).
+        """
+        if self.dev:
+            return "".join(traceback.format_exception(error)).encode()
+        return b"internal server error\n"
+
+    def log_failure(
+        self,
+        text: str,
+        cell: Cell | None,
+        error: BaseException,
+        *,
+        connection: Connection | None = None,
+        **more: Any,
+    ) -> None:
+        """Say in the log what went wrong, and where: party, room, connection and traceback."""
+        if cell is not None:
+            more["party"], _, more["room"] = cell.key.partition("/")
+        if connection is not None:
+            more["connection"] = connection.id
+        log.error(text, exc_info=(type(error), error, error.__traceback__), **more)
