@@ -184,9 +184,13 @@ class Host:
                 await trio.sleep(RECONNECT_SECONDS)
         self._pool.cancel_turns()
         with trio.move_on_after(LAST_WORDS_SECONDS):
-            while self._pool.busy or not self._commits.idle or self._out or self._outgoing:
+            while self._pool.busy or not self._commits.idle or self._has_words_left():
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
+
+    def _has_words_left(self) -> bool:
+        """Whether something waits to be sent, and there is a gateway to send it to."""
+        return self._socket is not None and bool(self._out or self._outgoing)
 
     # --- What turns produce -----------------------------------------------------------------------
 
