@@ -14,6 +14,7 @@ Invariants:
 """
 
 import random
+import resource
 from collections import deque
 from collections.abc import Awaitable, Callable
 from time import monotonic
@@ -35,6 +36,8 @@ RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LAST_SECONDS: Final = 10.0
 #: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
 CLOCK_SECONDS: Final = 0.05
+#: How often the memory of the process is compared with its mark.
+MEMORY_SECONDS: Final = 1.0
 
 
 class Turns(Protocol):
@@ -388,11 +391,16 @@ class Pool:
     # --- Time -------------------------------------------------------------------------------------
 
     async def _clock(self) -> None:
+        look_at_memory = 0.0
         while True:
             with trio.move_on_after(1):
                 await self._clock_wanted.wait()
             now = monotonic()
             self._evict_idle(now)
+            if now >= look_at_memory and self._idle:
+                look_at_memory = now + MEMORY_SECONDS
+                if memory_bytes() > self._settings.memory_mark_bytes:
+                    self._evict_all_idle()
             for cell in list(self._retries):
                 if now >= cell.retry_at:
                     cell.retry_at = 0.0
@@ -419,6 +427,12 @@ class Pool:
                 cell.used_at = now
                 self.spawn(self._evict_if_deserted, cell)
 
+    def _evict_all_idle(self) -> None:
+        """Above the memory mark every room without work goes, of whichever kind (S6)."""
+        for cell in list(self._idle):
+            if not cell.running and not cell.scheduled and not cell.streams:
+                self._evict(cell)
+
     async def _evict_if_deserted(self, cell: Cell) -> None:
         """A room with `hibernate = False` stays while it has a connection (S6)."""
         deserted = await self._is_deserted(cell.key)
@@ -440,3 +454,9 @@ class Pool:
             for key in keys
             if (recent := self._recent.get(key)) is not None
         }
+
+
+def memory_bytes() -> int:
+    """The memory of this process that is in use (resident; proc(5), statm)."""
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()

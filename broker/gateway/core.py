@@ -83,6 +83,7 @@ class Gateway:
             dev=config.dev,
             next_number=self.registry.next_number(),
             take_http=self.http.take,
+            http_count=self.http.open_count,
         )
         self.forward = Forward(self.links, self.links.flush)
         self.effects = Effects(

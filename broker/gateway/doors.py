@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Any, Final
 
-from broker.gateway.connections import ADMITTING, Connections
+from broker.gateway.connections import ADMITTING, CLOSING, CONNECTING, ENDING, Connections
 from broker.gateway.forwarding import Proxies
 from broker.gateway.handshake import (
     Head,
@@ -67,6 +67,7 @@ class Doors:
         dev: bool,
         next_number: int,
         take_http: Callable[[socket.socket, Address], None],
+        http_count: Callable[[], int],
     ) -> None:
         self._hub = hub
         self._listener = listener
@@ -78,6 +79,7 @@ class Doors:
         self._dev = dev
         self._next_number = next_number
         self._take_http = take_http
+        self._http_count = http_count
         self._proxies = Proxies(settings.trusted_proxies)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = max(64, soft - DESCRIPTORS_RESERVED)
@@ -125,7 +127,7 @@ class Doors:
                     return
                 continue
             sock.setblocking(False)
-            if self._connections.count + len(self._waiting) >= self.connections_max:
+            if self._connections.count + len(self._waiting) + self._http_count() >= self.connections_max:
                 self._refuse(sock, 503, "too many connections", [RETRY_AFTER])
                 continue
             self._examine(sock, address[:2], first=True)
@@ -287,7 +289,11 @@ class Doors:
     def _settle_duplicate(self, slot: int, other: int, party: PartyView) -> None:
         """Somebody in the room has this id already (S10)."""
         policy = party.settings.duplicate_ids
-        if policy == "refuse" or self._connections.phase[other] < 3:
+        phase = self._connections.phase[other]
+        if phase in (ENDING, CLOSING):
+            self._connections.unindex(other)  # on its way out: the id is free
+            self._vacant(slot)
+        elif policy == "refuse" or phase < CONNECTING:
             self._duplicate(slot)
         elif policy == "replace":
             self._lifecycle.replace(other)

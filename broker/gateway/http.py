@@ -196,6 +196,10 @@ class HttpFront:
         self._accepted += 1
         self._nursery.start_soon(self._serve, sock, client, name="http")
 
+    def open_count(self) -> int:
+        """Tell how many connections there are, those that are being closed included."""
+        return len(self._streams)
+
     async def drain(self, seconds: float) -> None:
         """Close connections as soon as they owe no response, and return when none is left, or after
         `seconds`.

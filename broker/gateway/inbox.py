@@ -48,7 +48,16 @@ MESSAGE: Final = wire.MESSAGE
 class Reading:
     """A message in the making that is more than one whole frame in the kernel."""
 
-    __slots__ = ("complete", "file", "frame_end", "frame_start", "frames", "reader", "start")
+    __slots__ = (
+        "complete",
+        "dispatched_bytes",
+        "file",
+        "frame_end",
+        "frame_start",
+        "frames",
+        "reader",
+        "start",
+    )
 
     def __init__(self, start: int, limit_bytes: int) -> None:
         self.reader = MessageReader(limit_bytes)
@@ -58,10 +67,12 @@ class Reading:
         #: While spilling: the frame that is being moved; its end is 0 until its header has come.
         self.frame_start = start
         self.frame_end = 0
-        #: While spilling: the frames in the file.
+        #: The frames that the reader has been fed. Once there is a file they are in it.
         self.frames: list[tuple[int, int]] = []
-        #: Dispatched from the file, not yet acknowledged.
+        #: The whole message is in the file.
         self.complete = False
+        #: Its size while it is with the host; 0 before.
+        self.dispatched_bytes = 0
 
 
 class Inbox:
@@ -159,6 +170,7 @@ class Inbox:
                 self._note(slot, table, room, link, before, position, reading)
                 self.on_violation(slot, violation.code, violation.reason)
                 return
+            reading.frames.append((consumed + position, consumed + position + size))
             position += size
             closed = False
             for event in events:
@@ -297,7 +309,7 @@ class Inbox:
         if table.last_end[slot] > table.consumed[slot]:
             return True
         reading = self._readings.get(slot) if table.flags[slot] & READER else None
-        return reading is not None and reading.complete
+        return reading is not None and reading.dispatched_bytes > 0
 
     def _consume(self, slot: int, target: int, room: RoomRecord, link: HostLink | None) -> None:
         """Take everything before `target` out of the kernel."""
@@ -329,21 +341,18 @@ class Inbox:
         """
         table = self._connections
         reading = self._readings.get(slot)
-        if reading is not None and reading.file is None:
-            self._drop_reading(slot)
+        if reading is not None:
+            if reading.file is None:
+                self._drop_reading(slot)
+            else:
+                reading.dispatched_bytes = 0
         table.parsed[slot] = table.last_end[slot] = table.consumed[slot]
         table.flags[slot] |= DEFERRED
 
     def look_again(self, slot: int) -> None:
         """A host is there (again): dispatch what waits."""
         table = self._connections
-        reading = self._readings.get(slot) if table.flags[slot] & READER else None
-        room = table.room[slot]
-        if reading is not None and reading.complete and room is not None:
-            link = self._links.by_shard[room.shard]
-            if link is not None:
-                self._deliver_spilled(slot, reading, room, link)
-        elif table.flags[slot] & DEFERRED:
+        if table.flags[slot] & DEFERRED:
             table.flags[slot] &= ~DEFERRED
             self.pump(slot)
 
@@ -406,7 +415,10 @@ class Inbox:
         assert file is not None
         assert sock is not None
         if reading.complete:
-            table.flags[slot] |= DEFERRED  # the next message may wait until this one is acknowledged
+            if reading.dispatched_bytes:
+                table.flags[slot] |= DEFERRED  # the next message waits until this one is acknowledged
+            else:
+                self._deliver_spilled(slot, reading, room, link)
             return
         limit = reading.frame_end
         while True:
@@ -470,7 +482,7 @@ class Inbox:
             if type(event) is Message:
                 reading.complete = True
                 if room.party.wants_message:
-                    self._dispatch(slot, room, link, end, event.data)
+                    self._dispatch_spilled(slot, reading, room, link, event.data)
                 else:
                     self._drop_reading(slot)
                     self.pump(slot)
@@ -482,14 +494,23 @@ class Inbox:
                 return True
         return False
 
+    def _dispatch_spilled(
+        self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, data: str | bytes
+    ) -> None:
+        size = self._connections.consumed[slot] - reading.start
+        reading.dispatched_bytes = size
+        room.inflight_bytes += size
+        link.inflight_bytes += size
+        self._dispatch(slot, room, link, reading.frames[-1][1], data)
+
     def _deliver_spilled(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
-        """Once more to the next host: the message is read from its file."""
+        """To the next host, once more: the message is read from its file."""
         assert reading.file is not None
         reader = MessageReader(room.party.message_bytes_max)
         for start, end in reading.frames:
             for event in reader.feed(reading.file.read(start, end)):
                 if type(event) is Message:
-                    self._dispatch(slot, room, link, end, event.data)
+                    self._dispatch_spilled(slot, reading, room, link, event.data)
 
     def _drop_reading(self, slot: int) -> None:
         flags = self._connections.flags
@@ -497,6 +518,13 @@ class Inbox:
             return
         flags[slot] &= ~READER
         reading = self._readings.pop(slot)
+        if reading.dispatched_bytes:
+            room = self._connections.room[slot]
+            assert room is not None
+            link = self._links.by_shard[room.shard]
+            room.inflight_bytes -= reading.dispatched_bytes
+            if link is not None:
+                link.inflight_bytes -= reading.dispatched_bytes
         if reading.file is not None:
             self._spills.shrank(reading.file.size)
             reading.file.delete()
