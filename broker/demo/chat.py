@@ -44,7 +44,8 @@ class Chat(Server):
             {
                 "type": "welcome",
                 "you": connection.id,
-                "people": [person(each) async for each in self.room.get_connections()],
+                # One that is coming in at the same time has no state yet: it will tell of itself.
+                "people": [person(each) async for each in self.room.get_connections() if each.state],
                 "history": [said for said in history if said["to"] in (None, newcomer["flag"])],
             }
         )
@@ -54,7 +55,8 @@ class Chat(Server):
     async def on_message(self, message: str | bytes, sender: Connection) -> None:
         """Do what a page asks for. Whatever else somebody sends gets one line in answer, and no more."""
         if self.too_fast(sender):
-            return sender.send({"type": "notice", "line": "Slowly, please: that one was not sent."})
+            sender.send({"type": "notice", "line": "Slowly, please: that one was not sent."})
+            return
         match parse(message):
             case {"say": str(text), "to": str() | None as to} if text.strip():
                 await self.say(sender, clean(text, TEXT_CHARACTERS), None if to is None else country(to))
@@ -68,7 +70,6 @@ class Chat(Server):
                 self.room.broadcast({"type": "changed", "person": now, "line": line})
             case _:
                 sender.send({"type": "notice", "line": "This chat does not know what that means."})
-        return None
 
     async def say(self, sender: Connection, text: str, to: str | None) -> None:
         """Keep a message, and send it to everybody, or to those with one tag. The write and the sends are
@@ -82,17 +83,18 @@ class Chat(Server):
             sender.send({"type": "said", **said})
 
     def on_close(self, connection: Connection) -> None:
-        """Come once for each connection that was accepted, however it ended."""
+        """Tell the others. This comes once for each connection that was accepted, however it ended."""
         self.spoken.pop(connection.id, None)
-        gone = person(connection)
-        self.room.broadcast({"type": "left", "person": gone, "line": f"{gone['name']} has left"})
+        if connection.state:
+            gone = person(connection)
+            self.room.broadcast({"type": "left", "person": gone, "line": f"{gone['name']} has left"})
 
     def too_fast(self, sender: Connection) -> bool:
         """Say whether this is one message too many for the last few seconds."""
         now = monotonic()
-        times = self.spoken[sender.id] = [at for at in self.spoken[sender.id] if now - at < BURST_SECONDS]
-        times.append(now)
-        return len(times) > BURST_MESSAGES
+        times = [at for at in self.spoken[sender.id] if now - at < BURST_SECONDS]
+        self.spoken[sender.id] = [*times[-BURST_MESSAGES:], now]
+        return len(times) >= BURST_MESSAGES
 
     @staticmethod
     def on_fetch(request: Request) -> Response:

@@ -28,7 +28,7 @@ let room = "";
 let to = null; // the tag that gets the next message; null: everybody
 let socket = null;
 let unread = 0;
-let live = [];
+let live = null; // what the broker says of the rooms with connections; null: it does not say
 
 const strip = new Strip((rooms) => {
   live = rooms;
@@ -148,14 +148,13 @@ function showPeople() {
   $("people-list").replaceChildren(...known.map((person) => {
     const mine = person.id === me.id;
     const name = element("span", { className: "name" }, element("bdi", {}, person.name));
-    if (mine) name.append(element("small", {}, "you"));
     const action = mine
       ? element("button", { type: "button", className: "link" }, "Change")
       : element("button", { type: "button", className: "link", title: `Write only to ${country(person.flag)}` },
         `Only ${country(person.flag)}`);
     action.addEventListener("click", () => (mine ? edit() : choose(person.flag)));
     return element("li", {}, avatar(person), element("div", {}, name,
-      element("span", { className: "where" }, mine ? `${country(person.flag)} · ` : "", action)));
+      element("span", { className: "where" }, mine ? "you · " : "", action)));
   }));
   for (const count of document.querySelectorAll("[data-people]")) count.textContent = people.size;
   showChoices();
@@ -195,15 +194,15 @@ function choose(tag) {
 }
 
 function showRooms() {
-  const facts = new Map(live.map((each) => [each.room, each]));
+  const facts = new Map(live?.map((each) => [each.room, each]));
   const names = [...new Set([...visited, ...facts.keys()])].sort((a, b) => a.localeCompare(b));
   $("room-list").replaceChildren(...names.map((name) => {
     const { connections = 0, awake = false } = facts.get(name) ?? {};
-    const link = element("a", { href: `#${encodeURIComponent(name)}` },
-      element("i", { className: "dot" }), element("bdi", {}, name),
-      element("span", { className: "hidden" }, awake ? ", awake" : ", asleep"),
+    const dot = element("i", { className: "dot" });
+    dot.dataset.state = awake ? "awake" : "asleep";
+    const link = element("a", { href: `#${encodeURIComponent(name)}` }, live && dot, element("bdi", {}, name),
+      live && element("span", { className: "hidden" }, awake ? ", awake" : ", asleep"),
       connections ? element("span", { className: "count", title: "sockets" }, connections) : null);
-    link.firstElementChild.dataset.state = awake ? "awake" : "asleep";
     if (name === room) link.setAttribute("aria-current", "page");
     return element("li", {}, link);
   }));

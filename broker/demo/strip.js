@@ -15,6 +15,7 @@ export class Strip {
   #figures = new Map([...document.querySelectorAll("[data-figure]")].map((each) => [each.dataset.figure, each]));
   #room = "";
   #watching = 0; // since when this room is watched
+  #followed = 0; // when it was last looked at
   #spans = []; // when the room was awake: { from, to, bar }, `to` null while it lasts
   #marks = []; // when something came from it: { at, dot }
   #wakes = null;
@@ -37,7 +38,7 @@ export class Strip {
   /** Watches another room. */
   watch(room) {
     this.#room = room;
-    this.#watching = performance.now();
+    this.#watching = this.#followed = performance.now();
     for (const { bar } of this.#spans) bar.remove();
     for (const { dot } of this.#marks) dot.remove();
     this.#spans = [];
@@ -102,7 +103,8 @@ export class Strip {
       this.#show("unknown", "");
       if (error instanceof Denied) {
         document.getElementById("explain").textContent =
-          "Live figures are shown by `broker demo` and `broker dev`, to browsers on the same machine.";
+          "Live figures are shown where this chat runs by “broker demo” or “broker dev”, on the same machine.";
+        this.#element.dataset.state = "denied";
         return;
       }
     } finally {
@@ -127,31 +129,32 @@ export class Strip {
     }
   }
 
-  /** Takes over what is known of the room's last waking, which may have begun and ended between two looks. */
-  #follow({ awake, wakes, woke_seconds_ago: woke, slept_seconds_ago: slept }) {
+  /** Takes over what is known of the room's last waking. When it fell asleep is known only as a time between
+   * two looks; half of it is never far off. */
+  #follow({ awake, wakes, woke_seconds_ago: woke }) {
     const now = performance.now();
+    const between = (this.#followed + now) / 2;
+    this.#followed = now;
     if (this.#wakes !== null) this.#naps += wakes >= this.#wakes ? wakes - this.#wakes : wakes;
     this.#wakes = wakes;
     const last = this.#spans.at(-1);
     if (woke === null) {
-      this.#end(now);
+      this.#end(between); // its host is a new one, and has not had it awake
     } else {
       const from = now - woke * 1000;
-      const to = awake || slept === null ? null : now - slept * 1000;
-      if (last && Math.abs(last.from - from) < SAME_MS) {
-        last.to = to;
-      } else {
-        this.#end(from);
-        if (to === null || to > now - WINDOW_MS) this.#begin(from, to);
+      if (!last || Math.abs(last.from - from) > SAME_MS) {
+        this.#end(Math.min(between, from));
+        if (from > this.#watching || awake) this.#begin(from);
       }
+      if (!awake) this.#end(Math.max(between, from));
     }
     this.#show(awake ? "awake" : "asleep", awake ? "is awake" : "is asleep");
   }
 
-  #begin(from, to) {
+  #begin(from) {
     const bar = document.createElement("b");
     this.#track.append(bar);
-    this.#spans.push({ from, to, bar });
+    this.#spans.push({ from, to: null, bar });
   }
 
   #end(at) {

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.e2e
 
 DEMO = ROOT / "broker" / "demo"
 
-#: A stop with nothing to wait for takes a third of a second; a host that waits for a gateway that has gone, 5.
+#: A stop with nothing to wait for takes a third of a second.
 STOP_SECONDS = 4
 
 _rooms = itertools.count(1)
@@ -126,6 +126,7 @@ def test_two_tabs_chat_while_their_room_sleeps_and_wakes(browser: Browser, tmp_p
             tab.wait_for("#strip[data-state=asleep]")
             tab.wait_for("#socket:text('through ')")
         assert int(amber.texts("[data-figure=wakes]")[0]) >= 3
+        assert len(amber.texts("#track b")) >= 3, "the wakings of the last minute, drawn apart"
         assert amber.texts("#log .message .text") == quiet.texts("#log .message .text")
         assert_clean(amber, quiet)
         amber.close()
@@ -184,10 +185,12 @@ def test_new_code_drops_nobody(browser: Browser, copy: BrokerProcess, room: str)
         source.count("came in") == 2
     )  # in the module's docstring, which suggests the change, and in the code
     copy.write_app(source.replace("came in", "stepped through the door"))
+    said = [f"while it changes {number}" for number in range(5)]
+    for text in said:
+        say(amber, text)
 
     def is_new() -> bool:
         with copy.connect(f"/party/{room}?name=Probe&flag=de"):
-            say(amber, "Who is there?")
             return any("Probe stepped through the door" in line for line in quiet.texts("#log .line"))
 
     eventually(is_new, "line of the new code")
@@ -196,6 +199,7 @@ def test_new_code_drops_nobody(browser: Browser, copy: BrokerProcess, room: str)
     sees(amber, "Still here, only to France")
     say(amber, "And I")
     sees(quiet, "And I")
+    assert quiet.texts(".text") == amber.texts(".text") == [*said, "Still here, only to France", "And I"]
     amber.wait_for("#strip[data-state=asleep]")
     quiet.wait_for("#strip[data-state=asleep]")
     assert_clean(amber, quiet)
@@ -272,7 +276,7 @@ def receive(client: RawClient) -> dict[str, Any]:
     return event
 
 
-NONSENSE = [
+NONSENSE: list[str | bytes] = [
     "",
     "hello",
     "[" * 5000,
@@ -330,6 +334,22 @@ def test_a_flood_is_turned_down(copy: BrokerProcess, room: str) -> None:
             client.send(json.dumps({"say": str(number), "to": None}))
         kinds = [receive(client)["type"] for _ in range(12)]
         assert kinds == ["said"] * 8 + ["notice"] * 4
+
+
+def test_many_who_come_at_once_are_all_welcome(copy: BrokerProcess, room: str) -> None:
+    """S12: the list of one who comes in holds others whose first turn is still to come."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(RawClient(copy.port)) for _ in range(40)]
+        for number, client in enumerate(clients):
+            client.send_handshake(f"/party/{room}?name=N{number}&flag=fr")
+        names = set()
+        for client in clients:
+            assert client.receive_answer().status == 101
+            welcome = receive(client)
+            while welcome["type"] != "welcome":
+                welcome = receive(client)
+            names |= {each["name"] for each in welcome["people"] if each["id"] == welcome["you"]}
+        assert names == {f"N{number}" for number in range(40)}
 
 
 def test_the_last_50_messages_are_kept(copy: BrokerProcess, room: str) -> None:
