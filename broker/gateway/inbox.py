@@ -113,10 +113,11 @@ class Inbox:
         assert room is not None
         link = self._links.by_shard[room.shard]
         consumed = table.consumed[slot]
-        position = before = table.parsed[slot] - consumed
+        position = table.parsed[slot] - consumed
+        inflight = max(table.last_end[slot] - consumed, 0)
         if (
             link is None
-            or position >= self._inflight_bytes_max
+            or inflight >= self._inflight_bytes_max
             or room.inflight_events >= room.events_max
             or room.inflight_bytes >= room.bytes_max
             or link.inflight_bytes >= link.bytes_max
@@ -167,7 +168,7 @@ class Inbox:
                     break
                 events = reading.reader.feed(bytes(buffer[position : position + size]))
             except Violation as violation:
-                self._note(slot, table, room, link, before, position, reading)
+                self._note(slot, table, room, link, inflight, position, reading)
                 self.on_violation(slot, violation.code, violation.reason)
                 return
             reading.frames.append((consumed + position, consumed + position + size))
@@ -181,17 +182,22 @@ class Inbox:
                     self.on_ping(slot, event.payload)
                 elif type(event) is Close:
                     closed = True
-                    self._note(slot, table, room, link, before, position, reading)
+                    self._note(slot, table, room, link, inflight, position, reading)
                     self.on_close_frame(slot, event.code, event.reason)
             if closed:
                 return
             if reading.reader.idle:
                 reading = None
+                if table.last_end[slot] == consumed + position and (
+                    position >= self._inflight_bytes_max or room.inflight_events >= room.events_max
+                ):
+                    deferred = position < end
+                    break
             elif consumed + position - reading.start > self._inbox_bytes_max:
                 reading.frame_start, reading.frame_end = consumed + position, 0
                 spill = reading
                 break
-        self._note(slot, table, room, link, before, position, reading)
+        self._note(slot, table, room, link, inflight, position, reading)
         if spill is not None:
             self._begin_spill(slot, spill, room, link)
         elif deferred or end == PEEK_BYTES:
@@ -205,16 +211,15 @@ class Inbox:
         table: Connections,
         room: RoomRecord,
         link: HostLink,
-        before: int,
+        inflight: int,
         position: int,
         reading: Reading | None,
     ) -> None:
-        """End of a pass: remember how far it got, and consume what waits for nobody."""
+        """End of a pass: remember how far it got, count what it dispatched beyond `inflight`, and consume what
+        waits for nobody.
+        """
         base = table.consumed[slot]
         parsed = table.parsed[slot] = base + position
-        moved = position - before
-        room.inflight_bytes += moved
-        link.inflight_bytes += moved
         if reading is None:
             if table.flags[slot] & READER:
                 table.flags[slot] &= ~READER
@@ -222,7 +227,11 @@ class Inbox:
         else:
             table.flags[slot] |= READER
             self._readings[slot] = reading
-        if table.last_end[slot] <= base and position:
+        dispatched = table.last_end[slot] - base
+        if dispatched > 0:
+            room.inflight_bytes += dispatched - inflight
+            link.inflight_bytes += dispatched - inflight
+        elif position:
             # Nothing is in flight: control frames, and messages that no hook wants, go at once.
             self._consume(slot, parsed if reading is None else reading.start, room, link)
 
@@ -314,12 +323,15 @@ class Inbox:
     def _consume(self, slot: int, target: int, room: RoomRecord, link: HostLink | None) -> None:
         """Take everything before `target` out of the kernel."""
         table = self._connections
-        count = target - table.consumed[slot]
+        consumed = table.consumed[slot]
+        count = target - consumed
         if count <= 0:
             return
-        room.inflight_bytes -= count
-        if link is not None:
-            link.inflight_bytes -= count
+        acknowledged = min(target, table.last_end[slot]) - consumed
+        if acknowledged > 0:
+            room.inflight_bytes -= acknowledged
+            if link is not None:
+                link.inflight_bytes -= acknowledged
         table.consumed[slot] = target
         if table.phase[slot] == CLOSED:
             return  # the socket, and what was left in it, has gone
@@ -365,6 +377,11 @@ class Inbox:
         """In phase CLOSING: throw data away up to the peer's Close frame. Returns (closed, ended)."""
         table = self._connections
         buffer = self._buffer
+        reading = self._readings.get(slot) if table.flags[slot] & READER else None
+        if reading is not None and reading.file is not None and not reading.complete:
+            # Half a message is in its file: go on behind the frame that was being moved.
+            table.parsed[slot] = max(table.parsed[slot], reading.frame_end or reading.frame_start)
+            self._drop_reading(slot)
         while True:
             try:
                 end = table.sockets[slot].recv_into(buffer, PEEK_BYTES, MSG_PEEK)  # type: ignore[union-attr]
@@ -460,16 +477,7 @@ class Inbox:
         while left:
             left -= sock.recv_into(self._buffer, left, MSG_TRUNC)
         table.consumed[slot] += count
-        if table.parsed[slot] < table.consumed[slot]:
-            table.parsed[slot] = table.consumed[slot]
-        else:
-            # Bytes that an earlier pass had parsed and counted as in flight.
-            room = table.room[slot]
-            assert room is not None
-            link = self._links.by_shard[room.shard]
-            room.inflight_bytes -= count
-            if link is not None:
-                link.inflight_bytes -= count
+        table.parsed[slot] = max(table.parsed[slot], table.consumed[slot])
 
     def _frame_spilled(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> bool:
         """A frame is whole in the file. True: so is the message, or the connection has ended."""
@@ -499,6 +507,8 @@ class Inbox:
     ) -> None:
         size = self._connections.consumed[slot] - reading.start
         reading.dispatched_bytes = size
+        # What follows has caused its event already: it is looked at when this message is acknowledged.
+        self._connections.flags[slot] |= DEFERRED
         room.inflight_bytes += size
         link.inflight_bytes += size
         self._dispatch(slot, room, link, reading.frames[-1][1], data)
