@@ -12,6 +12,7 @@ commit it must wait for. At the end of a round the batch goes to the writer thre
 gateway, as one message.
 """
 
+import gc
 import os
 import secrets
 import signal
@@ -46,6 +47,9 @@ OUTGOING_BYTES_MAX: Final = 8 * 1024 * 1024
 RECONNECT_SECONDS: Final = 0.02
 #: What the release of cancelled turns may take when the host ends.
 LAST_WORDS_SECONDS: Final = 5.0
+#: A round makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
+#: default.
+GC_THRESHOLDS: Final = (20_000, 20, 50)
 
 
 class Host:
@@ -70,6 +74,8 @@ class Host:
         self._incarnation = secrets.randbits(63)
         self._link = Link()
         self._decoder = StreamDecoder()
+        #: Decoded, and next to be taken.
+        self._message: list[Any] | None = None
         self._outgoing = bytearray()
         self._out: list[list[Any]] = []
         self._out_edits: list[tuple[Cell, Connection]] = []
@@ -142,6 +148,7 @@ class Host:
         self._socket = link
         self._link = Link()
         self._decoder = StreamDecoder()
+        self._message = None
         self._outgoing += encode(
             {
                 "role": "host",
@@ -277,41 +284,52 @@ class Host:
             self._epoll.modify(link.fileno(), EPOLLIN)
 
     async def _wait(self) -> None:
-        await trio.lowlevel.wait_readable(self._epoll.fileno())
+        """Return when there is something to take."""
+        if self._message is None:
+            self._message = next(self._decoder, None)
+        if self._message is None:
+            await trio.lowlevel.wait_readable(self._epoll.fileno())
+        else:
+            await trio.lowlevel.checkpoint()
 
     def _receive(self) -> None:
-        """Take what has come: events, room on the link, the end of a commit."""
+        """Take what has come: the end of a commit, room on the link, one message. The others stay bytes."""
         for descriptor, happened in self._epoll.poll(0):
             if descriptor == self._writer.fd:
                 self._commits.completed()
                 continue
             if happened & EPOLLOUT:
                 self._write_on()
-            if happened & ~EPOLLOUT:
-                self._read()
+            if happened & ~EPOLLOUT and self._message is None and not self._read():
+                return
+        message, self._message = self._message or next(self._decoder, None), None
+        if message is None:
+            return
+        numbers = self._link
+        if numbers.is_gap(message):
+            self._write(numbers.repetition_request())
+        if numbers.wants_repetition(message):
+            self._write(b"".join(numbers.unacknowledged()))
+        for item in numbers.take(message):
+            self._arrived(item)
+        if self._sent_edits:
+            self._acknowledged()
 
-    def _read(self) -> None:
+    def _read(self) -> bool:
+        """Read from the link. False: the gateway has gone."""
         link = self._socket
         assert link is not None
         try:
             data = link.recv(READ_BYTES)
         except BlockingIOError:
-            return
+            return True
         except OSError:
             data = b""
         if not data:
             self._disconnected()
-            return
-        numbers = self._link
-        for message in self._decoder.feed(data):
-            if numbers.is_gap(message):
-                self._write(numbers.repetition_request())
-            if numbers.wants_repetition(message):
-                self._write(b"".join(numbers.unacknowledged()))
-            for item in numbers.take(message):
-                self._arrived(item)
-        if self._sent_edits:
-            self._acknowledged()
+            return False
+        self._decoder.feed(data)
+        return True
 
     def _acknowledged(self) -> None:
         """The gateway knows values up to here: what it says from now on is the newest again."""
@@ -411,4 +429,5 @@ async def serve(config: HostConfig, parties: list[Party], env: dict[str, str]) -
         env: What rooms see as `room.env`.
     """
     sys.setswitchinterval(0.001)
+    gc.set_threshold(*GC_THRESHOLDS)
     await Host(config, parties, env).run()

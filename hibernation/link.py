@@ -15,6 +15,7 @@ Invariants, in every state:
 """
 
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from cbor2 import dumps, loads
@@ -59,8 +60,10 @@ class Link:
                 the newest arrivals were looked at must not claim to know them.
         """
         self.sent = sequence = self.sent + 1
-        self._owed = 0
-        data = encode([sequence, self.received if acknowledge is None else acknowledge, items])
+        if acknowledge is None:
+            acknowledge = self.received
+        self._owed = self.received - acknowledge
+        data = encode([sequence, acknowledge, items])
         self._kept.append((sequence, data))
         return data
 
@@ -128,36 +131,47 @@ def encode(value: Any) -> bytes:
 
 
 class StreamDecoder:
-    """Cuts a byte stream into length-prefixed CBOR values.
+    """Cuts a byte stream into length-prefixed CBOR values, one at a time.
 
-    Raises from `feed`:
-        LinkError: A length above `limit_bytes`, or bytes that are no CBOR.
+    What has come and is not asked for yet stays bytes: as objects it would be ten times as large.
     """
 
-    __slots__ = ("_buffer", "_limit_bytes")
+    __slots__ = ("_buffer", "_limit_bytes", "_position")
 
     def __init__(self, limit_bytes: int = 1 << 30) -> None:
         self._buffer = bytearray()
+        self._position = 0
         self._limit_bytes = limit_bytes
 
-    def feed(self, data: bytes | bytearray | memoryview) -> list[Any]:
-        """Add `data`; return every value that is now whole."""
-        buffer = self._buffer
-        buffer += data
-        values = []
-        position, end = 0, len(buffer)
-        while end - position >= LENGTH_BYTES:
-            length = int.from_bytes(buffer[position : position + LENGTH_BYTES], "big")
-            if length > self._limit_bytes:
-                raise LinkError(f"a link message of {length} bytes, {self._limit_bytes} allowed")
-            stop = position + LENGTH_BYTES + length
-            if stop > end:
-                break
-            try:
-                values.append(loads(bytes(buffer[position + LENGTH_BYTES : stop])))
-            except Exception as error:
-                raise LinkError("a link message is no CBOR") from error
-            position = stop
-        if position:
-            del buffer[:position]
-        return values
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """Add what came."""
+        if self._position:
+            del self._buffer[: self._position]
+            self._position = 0
+        self._buffer += data
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        """Give the next whole value; StopIteration if there is none yet.
+
+        Raises:
+            LinkError: A length above `limit_bytes`, or bytes that are no CBOR.
+        """
+        buffer, position = self._buffer, self._position
+        start = position + LENGTH_BYTES
+        if start > len(buffer):
+            raise StopIteration
+        length = int.from_bytes(buffer[position:start], "big")
+        if length > self._limit_bytes:
+            raise LinkError(f"a link message of {length} bytes, {self._limit_bytes} allowed")
+        stop = start + length
+        if stop > len(buffer):
+            raise StopIteration
+        try:
+            value = loads(buffer[start:stop])
+        except Exception as error:
+            raise LinkError("a link message is no CBOR") from error
+        self._position = stop
+        return value

@@ -348,6 +348,8 @@ class Pool:
                 self._make_room()
 
     def _evict(self, cell: Cell) -> None:
+        assert cell.room is not None
+        cell.room._storage = None  # the one cycle of references: without it the room is freed at once
         cell.server = cell.room = None
         self.awake -= 1
         self.evictions += 1

@@ -127,6 +127,12 @@ def read_card(card: bytes) -> tuple[str, str, bytes]:
     return connection_id.decode(), uri.decode(), blob
 
 
+def card_tags(card: bytes) -> list[bytes]:
+    """The tags of a card, as UTF-8."""
+    blob = card[card.rindex(_ID_END) + 2 : -1]
+    return blob.split(_TAG_END) if blob else []
+
+
 def retag_card(card: bytes, blob: bytes) -> bytes:
     """The same card with other tags."""
     return card[: card.rindex(_ID_END) + 1] + blob

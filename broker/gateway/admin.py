@@ -53,7 +53,8 @@ class Admin:
         try:
             async with stream:
                 while data := await stream.receive_some():
-                    for question in decoder.feed(data):
+                    decoder.feed(data)
+                    for question in decoder:
                         await stream.send_all(encode(await self._answer(question)))
         except (OSError, LinkError, trio.BrokenResourceError, trio.Cancelled):
             return

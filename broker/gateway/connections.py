@@ -56,6 +56,7 @@ class Connections:
         "_index",
         "_index_mask",
         "_index_used",
+        "address",
         "card",
         "consumed",
         "count",
@@ -81,6 +82,8 @@ class Connections:
         self.parsed = array("Q")
         #: End of the newest message that was dispatched.
         self.last_end = array("Q")
+        #: Where it comes from, as a number of `addresses.Addresses`.
+        self.address = array("I")
         #: When a byte last came, in whole seconds of the gateway's clock.
         self.seen = array("I")
         self.next = array("I")
@@ -107,6 +110,7 @@ class Connections:
             self.room[slot] = room
             self.number[slot] = number
             self.consumed[slot] = self.parsed[slot] = self.last_end[slot] = 0
+            self.address[slot] = 0
             self.seen[slot] = now
             self.next[slot] = self.previous[slot] = NONE
             self.phase[slot] = ADMITTING
@@ -120,6 +124,7 @@ class Connections:
             self.consumed.append(0)
             self.parsed.append(0)
             self.last_end.append(0)
+            self.address.append(0)
             self.seen.append(now)
             self.next.append(NONE)
             self.previous.append(NONE)

@@ -11,6 +11,7 @@ import resource
 import secrets
 import socket
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from broker.gateway.connections import ADMITTING, CLOSING, CONNECTING, ENDING, Connections
@@ -39,6 +40,8 @@ from hibernation.settings import Settings
 
 #: Accepted in one go, so that parked connections are served in between.
 ACCEPTS_PER_TICK: Final = 128
+#: Rows on their way to disk beyond which nobody is accepted: the others wait in the listener's backlog.
+STORING_MAX: Final = 256
 #: Descriptors kept for files, links, hosts and HTTP.
 DESCRIPTORS_RESERVED: Final = 512
 #: Pause after the kernel refused a descriptor; and the least time between two log lines about it.
@@ -84,7 +87,9 @@ class Doors:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = max(64, soft - DESCRIPTORS_RESERVED)
         self.connections_max = min(settings.connections_max or most, most)
-        self._waiting: dict[int, tuple[socket.socket, Address]] = {}
+        #: Connections whose head has not come, by descriptor, the oldest first: socket, address, since when.
+        self._waiting: dict[int, tuple[socket.socket, Address, float]] = {}
+        self._resting = False
         self._asked: dict[int, tuple[int, int]] = {}
         self._question = 0
         self._exhausted_logged = 0.0
@@ -103,7 +108,7 @@ class Doors:
     def shut(self) -> None:
         """Accept no more; the listener stays open, for whoever comes next."""
         self._hub.unwatch(self._listener.fileno())
-        for sock, _ in list(self._waiting.values()):
+        for sock, _, _ in list(self._waiting.values()):
             self._stop_waiting(sock)
             sock.close()
 
@@ -117,6 +122,10 @@ class Doors:
     def _accept(self, _: int) -> None:
         accept = self._listener.accept
         for _ in range(ACCEPTS_PER_TICK):
+            if self._lifecycle.storing_count >= STORING_MAX:
+                self._resting = True
+                self._hub.rewatch(self._listener.fileno(), 0)
+                return
             try:
                 sock, address = accept()
             except BlockingIOError:
@@ -131,6 +140,12 @@ class Doors:
                 self._refuse(sock, 503, "too many connections", [RETRY_AFTER])
                 continue
             self._examine(sock, address[:2], first=True)
+
+    def resume(self) -> None:
+        """Rows have reached the disk: accept again, if that was what was waited for."""
+        if self._resting and not self._lifecycle.draining:
+            self._resting = False
+            self._hub.rewatch(self._listener.fileno(), EPOLLIN)
 
     def _exhausted(self, error: OSError) -> None:
         """No descriptor is left: rest a moment instead of turning in circles."""
@@ -179,10 +194,12 @@ class Doors:
 
     def _wait(self, sock: socket.socket, address: Address) -> None:
         descriptor = sock.fileno()
-        self._waiting[descriptor] = (sock, address)
+        self._waiting[descriptor] = (sock, address, self._hub.now)
         # Edge-triggered: a head that is not whole yet is only peeked, and would be reported for ever.
-        self._hub.watch(descriptor, lambda _events: self._examine(sock, address), EPOLLIN | EPOLLET)
-        self._hub.after(self._settings.handshake_timeout_seconds, self._wait_timeout, sock)
+        self._hub.watch(descriptor, partial(self._more_came, sock, address), EPOLLIN | EPOLLET)
+
+    def _more_came(self, sock: socket.socket, address: Address, _events: int) -> None:
+        self._examine(sock, address)
 
     def _stop_waiting(self, sock: socket.socket) -> None:
         descriptor = sock.fileno()
@@ -191,9 +208,13 @@ class Doors:
             del self._waiting[descriptor]
             self._hub.unwatch(descriptor)
 
-    def _wait_timeout(self, sock: socket.socket) -> None:
-        waiting = self._waiting.get(sock.fileno())
-        if waiting is not None and waiting[0] is sock:
+    def each_second(self, now: float) -> None:
+        """Refuse those whose head has not come in time (S37)."""
+        latest = now - self._settings.handshake_timeout_seconds
+        while self._waiting:
+            sock, _, since = next(iter(self._waiting.values()))
+            if since > latest:
+                return
             self._stop_waiting(sock)
             self._refuse(sock, 408, "the request did not come in time")
 
@@ -225,8 +246,8 @@ class Doors:
             raise HeadError(503, "shutting down", (RETRY_AFTER,))
         given = connection_id(head.query)
         client, scheme = self._proxies.client(address, head.headers)
-        counted = "" if self._proxies.trusts(client[0]) else client[0]
-        if counted and self._lifecycle.addresses.get(counted, 0) >= self._settings.address_connections_max:
+        counted = "" if self._proxies.trusts(client[0]) else str(client[0])
+        if self._lifecycle.addresses.count(counted) >= self._settings.address_connections_max:
             raise HeadError(503, "too many connections from this address", (RETRY_AFTER,))
         key = f"{party.name}/{route.room}"
         room = self._rooms.by_key.get(key)

@@ -119,7 +119,7 @@ class Effects:
         elif kind == wire.TAGS:
             room = table.room[slot]
             assert room is not None
-            table.card[slot] = wire.retag_card(table.card[slot], effect[3])
+            self._rooms.retag(slot, effect[3])
             party, _, room_id = room.key.partition("/")
             self._lifecycle.batch.tags(number, party, room_id, wire.blob_tags(effect[3]))
 

@@ -120,7 +120,7 @@ class Inbox:
             or inflight >= self._inflight_bytes_max
             or room.inflight_events >= room.events_max
             or room.inflight_bytes >= room.bytes_max
-            or link.inflight_bytes >= link.bytes_max
+            or link.is_full
         ):
             self._defer(slot, room, link)
             return
@@ -215,8 +215,8 @@ class Inbox:
         position: int,
         reading: Reading | None,
     ) -> None:
-        """End of a pass: remember how far it got, count what it dispatched beyond `inflight`, and consume what
-        waits for nobody.
+        """End of a pass: remember how far it got, count what it dispatched beyond `inflight`, and consume
+        what waits for nobody.
         """
         base = table.consumed[slot]
         parsed = table.parsed[slot] = base + position
@@ -266,7 +266,7 @@ class Inbox:
             return  # when the host is back every connection of its shards is looked at
         if room.inflight_events >= room.events_max or room.inflight_bytes >= room.bytes_max:
             room.wait(slot)
-        elif link.inflight_bytes >= link.bytes_max:
+        elif link.is_full:
             link.waiting.append(slot)
 
     # --- Acknowledgements -------------------------------------------------------------------------
@@ -297,7 +297,7 @@ class Inbox:
         if room.waiting:
             self.resume_waiting(room)
         if link is not None and link.waiting:
-            while link.waiting and link.inflight_bytes < link.bytes_max:
+            while link.waiting and not link.is_full:
                 self._resume(link.waiting.popleft())
 
     def resume_waiting(self, room: RoomRecord) -> None:
@@ -505,7 +505,10 @@ class Inbox:
     def _dispatch_spilled(
         self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, data: str | bytes
     ) -> None:
-        size = self._connections.consumed[slot] - reading.start
+        table = self._connections
+        # What is behind the message has been announced by epoll, and is looked at after its acknowledgement.
+        table.flags[slot] |= DEFERRED
+        size = table.consumed[slot] - reading.start
         reading.dispatched_bytes = size
         # What follows has caused its event already: it is looked at when this message is acknowledged.
         self._connections.flags[slot] |= DEFERRED

@@ -28,12 +28,14 @@ from dataclasses import dataclass, field
 from time import time
 from typing import Any, Final
 
+from broker.gateway.addresses import Addresses
 from broker.gateway.connections import (
     CLOSED,
     CLOSING,
     CONNECTING,
     DEFERRED,
     ENDING,
+    FREE,
     GONE,
     OPEN,
     PINGED,
@@ -51,6 +53,8 @@ from hibernation.logs import get_logger
 from hibernation.settings import Settings
 from storage.registry import RegistryBatch, Row
 
+#: Causes of an end after which nothing reaches the client.
+UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
 #: ioctl: bytes sent that the peer's TCP has not acknowledged (tcp(7)).
 SIOCOUTQ: Final = 0x5411
 
@@ -110,14 +114,15 @@ class Lifecycle:
         self._ping_interval = round(settings.ping_interval_seconds)
         self._ping_timeout = round(settings.ping_timeout_seconds)
         self.batch = RegistryBatch()
+        #: Slot and number of those whose rows the next commit writes; and how many there are in all.
         self.storing: list[tuple[int, int]] = []
+        self.storing_count = 0
         self._newcomers: dict[int, Newcomer] = {}
         self._endings: dict[int, Ending] = {}
         self._probes: dict[int, Probe] = {}
         self._lingering: dict[int, socket.socket] = {}
         self._sweep = 0
-        self.addresses: dict[str, int] = {}
-        self._address_of: dict[int, str] = {}
+        self.addresses = Addresses()
         #: Some connection is being read again up to where it ended before its host died.
         self.reopened = False
         self.draining = False
@@ -148,6 +153,7 @@ class Lifecycle:
         party, _, room_id = room.key.partition("/")
         self.batch.open(number, party, room_id, newcomer.connection_id, newcomer.uri, time())
         self.storing.append((slot, number))
+        self.storing_count += 1
 
     def introduce(self, slot: int, newcomer: Newcomer) -> None:
         """A slot has been allocated for an upgrade that is not yet decided."""
@@ -185,6 +191,7 @@ class Lifecycle:
     def committed(self, stored: list[tuple[int, int]]) -> None:
         """Rows are on disk: answer 101, and let the connect turns begin."""
         table = self._connections
+        self.storing_count -= len(stored)
         for slot, number in stored:
             if not table.holds(slot, number):
                 continue
@@ -211,9 +218,7 @@ class Lifecycle:
                 sock.close()
                 continue
             self.accepted += 1
-            address = newcomer.address
-            self._address_of[number] = address
-            self.addresses[address] = self.addresses.get(address, 0) + 1
+            table.address[slot] = self.addresses.enter(newcomer.address)
             self._rooms.link(slot)
             table.seen[slot] = self._now
             if room.party.wants_connect:
@@ -226,6 +231,7 @@ class Lifecycle:
 
     def not_committed(self, stored: list[tuple[int, int]], answer: bytes) -> None:
         """The registry could not be written: nobody of these comes in."""
+        self.storing_count -= len(stored)
         for slot, number in stored:
             if self._connections.holds(slot, number):
                 self.turn_away(slot, answer)
@@ -280,7 +286,7 @@ class Lifecycle:
                 return
         if not events & (EPOLLIN | ENDED | EPOLLPRI):
             return
-        if events & EPOLLIN:
+        if events & EPOLLIN and not events & ENDED:  # its end is no sign of life
             table.seen[slot] = self._now
             if table.flags[slot] & PINGED:
                 table.flags[slot] &= ~PINGED
@@ -298,9 +304,7 @@ class Lifecycle:
         elif phase == CLOSING:
             self._discard(slot)
         else:
-            table.flags[slot] |= DEFERRED
-            if phase == CONNECTING and events & ENDED:
-                self.gone(slot)
+            table.flags[slot] |= DEFERRED  # also its end: what came before that is handled first
 
     def _discard(self, slot: int) -> None:
         """Our Close is out: what comes before the peer's is not for the room any more."""
@@ -329,7 +333,10 @@ class Lifecycle:
         7.1.7).
         """
         cause = "too_big" if code == 1009 else "protocol_error"
-        if self._connections.phase[slot] == CLOSING:
+        phase = self._connections.phase[slot]
+        if phase in (FREE, CLOSED):
+            return
+        if phase == CLOSING:
             self._end(slot, Ending(code, reason, False, cause, answered=True))
             return
         if slot not in self._endings:
@@ -346,16 +353,35 @@ class Lifecycle:
             self._end(slot, self._endings[slot])
 
     def failed(self, slot: int, cause: str) -> None:
-        """Sending does not work: the client has gone, or reads too slowly (S25)."""
-        phase = self._connections.phase[slot]
-        if phase not in (OPEN, CONNECTING, ENDING, CLOSING):
+        """Sending does not work: the client has gone, or reads too slowly (S25).
+
+        Whoever sends may be in the middle of something with this or another connection: so nothing is closed
+        here and now, only in the next round of deadlines.
+        """
+        table = self._connections
+        if cause == SLOW and table.phase[slot] in (OPEN, CONNECTING, CLOSING):
+            self._rooms.unlink(slot)
+            table.phase[slot] = ENDING
+            self._endings[slot] = Ending(1013, "", False, cause, answered=True)
+            self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
+        self._hub.after(0, self._failed, slot, table.number[slot])
+
+    def _failed(self, slot: int, number: int) -> None:
+        table = self._connections
+        if not table.holds(slot, number):
             return
-        self._sender.drop(slot)
-        if cause == SLOW:
-            # Its buffers are full, so a Close frame has no room either: shut down, and say 1013 to the room.
-            self._end(slot, Ending(1013, "", False, cause, answered=True))
+        phase = table.phase[slot]
+        if phase == OPEN:
+            table.flags[slot] |= GONE
+            self._inbox.pump(slot)  # what came before the end
+            if table.phase[slot] == OPEN and not table.flags[slot] & DEFERRED:
+                self.gone(slot)
+        elif phase == CLOSING:
+            self._discard(slot)
+        elif phase == CONNECTING:
+            table.flags[slot] |= DEFERRED | GONE
         else:
-            self._end(slot, Ending(1006, "", False, cause, answered=True))
+            self._finish_if_done(slot)
 
     # --- Closing ----------------------------------------------------------------------------------
 
@@ -382,21 +408,26 @@ class Lifecycle:
         if ending is None:
             return
         if table.phase[slot] == CLOSING:
+            self._sender.silence(slot)
             self._end(slot, ending)
         elif table.phase[slot] == ENDING and not ending.answered:
             self._answer(slot, ending)
+            self._hub.after(self._close_seconds, self._close_timeout, slot, number)
+        elif table.phase[slot] == ENDING:
+            self._sender.silence(slot)  # it had time enough to read
+            self._finish_if_done(slot)
 
     def _end(self, slot: int, ending: Ending) -> None:
         """Nothing more is read; the socket stays until no turn of it can have to be run again (F3)."""
         table = self._connections
         phase = table.phase[slot]
-        if phase in (ENDING, CLOSED):
+        if phase in (FREE, ENDING, CLOSED):
             return
         ending = self._endings.setdefault(slot, ending)
         table.phase[slot] = ENDING
         if ending.answered:
             self._rooms.unlink(slot)  # nothing more may be sent to it
-        if phase != CLOSING and not ending.answered:
+        if phase != CLOSING and (not ending.answered or self._sender.waiting_bytes(slot)):
             self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
         self._finish_if_done(slot)
 
@@ -414,9 +445,7 @@ class Lifecycle:
         ending = self._endings[slot]
         if not ending.answered:
             self._answer(slot, ending)
-            if table.phase[slot] != ENDING:
-                return
-        if self._sender.waiting_bytes(slot) and ending.cause == "client_close":
+        if self._sender.waiting_bytes(slot) and ending.cause not in UNREACHABLE:
             return  # what was sent before the Close must get out first; epoll or the deadline comes back here
         self._finish(slot, ending)
 
@@ -427,21 +456,15 @@ class Lifecycle:
         assert sock is not None
         number = table.number[slot]
         self._rooms.unlink(slot)
-        self._probes.pop(slot, None)
         self._sender.drop(slot)
         self.closes[ending.cause] = self.closes.get(ending.cause, 0) + 1
-        address = self._address_of.pop(number)
-        left = self.addresses[address] - 1
-        if left:
-            self.addresses[address] = left
-        else:
-            del self.addresses[address]
+        self.addresses.leave(table.address[slot])
         table.unindex(slot)
         descriptor = sock.fileno()
         self._hub.unpark(descriptor)
         table.unwatch(descriptor)
         table.phase[slot] = CLOSED
-        if ending.cause in ("client_gone", "ping_timeout"):
+        if ending.cause in UNREACHABLE:
             sock.close()
         else:
             self._linger(sock)
@@ -451,6 +474,9 @@ class Lifecycle:
             self._ask_close(slot, room, ending)
         else:
             self.closed(slot, number)
+        probe = self._probes.pop(slot, None)
+        if probe is not None:
+            self._vacated(probe)
 
     def _ask_close(self, slot: int, room: RoomRecord, ending: Ending) -> None:
         table = self._connections
@@ -656,8 +682,12 @@ class Lifecycle:
             return
         if self._connections.holds(slot, number):
             self.replace(slot)
-        for newcomer, newcomer_number in probe.newcomers:
-            if self._connections.holds(newcomer, newcomer_number):
+        self._vacated(probe)
+
+    def _vacated(self, probe: Probe) -> None:
+        """The id that these newcomers bring is free, for the first of them."""
+        for newcomer, number in probe.newcomers:
+            if self._connections.holds(newcomer, number):
                 self.on_vacant(newcomer)
 
     def replace(self, slot: int) -> None:

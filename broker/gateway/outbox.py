@@ -15,22 +15,29 @@ from collections.abc import Callable
 from typing import Final
 
 from broker.gateway.connections import Connections
+from broker.gateway.frames import encode_close
 from hibernation.settings import Settings
 
 #: Why `on_fault` is called.
 SLOW: Final = "slow_consumer"
 BROKEN: Final = "client_gone"
+#: What a client gets that reads too slowly, behind the frame that has begun (RFC 6455, section 7.4.1).
+SLOW_CLOSE: Final = encode_close(1013, "")
+#: The bit of the first byte that tells control frames from messages (RFC 6455, section 5.2).
+CONTROL: Final = 0x08
 
 
 class Outbox:
     """What waits for one connection. `offset` bytes of the first frame are in the kernel already."""
 
-    __slots__ = ("bytes", "frames", "offset")
+    __slots__ = ("bytes", "frames", "offset", "shut")
 
     def __init__(self) -> None:
         self.frames: deque[bytes] = deque()
         self.offset = 0
         self.bytes = 0
+        #: Nothing more may be added: the connection is ending, and its stream may be torn.
+        self.shut = False
 
 
 class Sender:
@@ -58,7 +65,7 @@ class Sender:
         except BlockingIOError:
             count = 0
         except OSError:
-            self._on_fault(slot, BROKEN)
+            self._broken(slot)
             return
         self.sent += 1
         if count != len(frame):
@@ -82,7 +89,7 @@ class Sender:
             except BlockingIOError:
                 count = 0
             except OSError:
-                self._on_fault(slot, BROKEN)
+                self._broken(slot)
                 continue
             if count != size:
                 outbox = outboxes[slot] = Outbox()
@@ -97,6 +104,7 @@ class Sender:
         outbox = self._outboxes.get(slot)
         if outbox is None:
             return True
+        shut = outbox.shut
         sock = self._connections.sockets[slot]
         frames = outbox.frames
         while frames:
@@ -106,21 +114,38 @@ class Sender:
             except BlockingIOError:
                 return False
             except OSError:
-                self._on_fault(slot, BROKEN)
-                return True
+                self._broken(slot)
+                return False
             self._count(outbox, -count)
             if outbox.offset + count < len(first):
                 outbox.offset += count
                 return False
             frames.popleft()
             outbox.offset = 0
-        del self._outboxes[slot]
+        if not shut:
+            del self._outboxes[slot]
         return True
 
     def waiting_bytes(self, slot: int) -> int:
         """How much waits for this connection."""
         outbox = self._outboxes.get(slot)
         return 0 if outbox is None else outbox.bytes
+
+    def silence(self, slot: int, last: bytes = b"") -> None:
+        """Send nothing more to this connection but `last`, behind the frame that has begun; without `last` not
+        even the rest of that.
+        """
+        outbox = self._outboxes.get(slot)
+        if outbox is None:
+            outbox = self._outboxes[slot] = Outbox()
+        begun = outbox.frames.popleft() if last and outbox.offset else b""
+        self.dropped += len(outbox.frames)
+        outbox.frames.clear()
+        outbox.frames.extend([frame for frame in (begun, last) if frame])
+        if not begun:
+            outbox.offset = 0
+        self._count(outbox, len(begun) - outbox.offset + len(last) - outbox.bytes)
+        outbox.shut = True
 
     def drop(self, slot: int) -> None:
         """Forget what waits: the connection has ended."""
@@ -129,8 +154,15 @@ class Sender:
             self.dropped += len(outbox.frames)
             self.total_bytes -= outbox.bytes
 
+    def _broken(self, slot: int) -> None:
+        self.silence(slot)
+        self._on_fault(slot, BROKEN)
+
     def _keep(self, slot: int, frame: bytes) -> None:
         outbox = self._outboxes[slot]
+        if outbox.shut:
+            self.dropped += 1
+            return
         outbox.frames.append(frame)
         self._count(outbox, len(frame))
         self._bound(slot)
@@ -147,22 +179,33 @@ class Sender:
         settings = room.party.settings
         if outbox.bytes > settings.outbox_bytes_max:
             if settings.slow_consumer == "close":
+                self.silence(slot, SLOW_CLOSE)
                 self._on_fault(slot, SLOW)
                 return
-            frames = outbox.frames
-            begun = 1 if outbox.offset else 0
-            while outbox.bytes > settings.outbox_bytes_max and len(frames) > begun:
-                if settings.slow_consumer == "drop_newest":
-                    dropped = frames.pop()
-                else:
-                    first = frames.popleft() if begun else None
-                    dropped = frames.popleft()
-                    if first is not None:
-                        frames.appendleft(first)
-                self.dropped += 1
-                self._count(outbox, -len(dropped))
-        while self.total_bytes > self._total_bytes_max and self._outboxes:
+            self._drop_some(outbox, settings.outbox_bytes_max, newest=settings.slow_consumer == "drop_newest")
+        while self.total_bytes > self._total_bytes_max:
             fullest = max(self._outboxes, key=lambda each: self._outboxes[each].bytes)
+            self.silence(fullest)
             self._on_fault(fullest, SLOW)
-            if fullest in self._outboxes:
-                self.drop(fullest)
+
+    def _drop_some(self, outbox: Outbox, bytes_max: int, *, newest: bool) -> None:
+        """Drop whole messages until the rest is within the bound; never a frame that has begun (O2), nor a
+        control frame, which are few and small.
+        """
+        frames = outbox.frames
+        kept: list[bytes] = []
+        begun = 1 if outbox.offset else 0
+        first = frames.popleft() if begun else None
+        while outbox.bytes > bytes_max and frames:
+            frame = frames.pop() if newest else frames.popleft()
+            if frame[0] & CONTROL:
+                kept.append(frame)
+                continue
+            self.dropped += 1
+            self._count(outbox, -len(frame))
+        if newest:
+            frames.extend(reversed(kept))
+        else:
+            frames.extendleft(reversed(kept))
+        if first is not None:
+            frames.appendleft(first)

@@ -7,13 +7,17 @@ and the answers to questions by tag and id. Must not do I/O. Peers: `connections
 
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from broker.gateway.connections import NONE, Connections
-from hibernation.wire import tag_mark
+from broker.gateway.tags import TagIndex
+from hibernation.wire import retag_card, tag_mark
 
 if TYPE_CHECKING:
     from broker.gateway.parties import PartyView
+
+#: Members up to which a filter scans them all, instead of keeping an index of their tags.
+SCANNED_MAX: Final = 64
 
 #: A filter: tags that must all be there, tags of which one must be, tags that must not. Empty lists filter
 #: nothing.
@@ -35,6 +39,7 @@ class RoomRecord:
         "last",
         "party",
         "shard",
+        "tags",
         "waiting",
     )
 
@@ -54,6 +59,8 @@ class RoomRecord:
         self.inflight_bytes = 0
         #: Slots that have data which had to wait for either; None mostly.
         self.waiting: deque[int] | None = None
+        #: Made by the first question about tags while there are more than SCANNED_MAX members.
+        self.tags: TagIndex | None = None
 
     def wait(self, slot: int) -> None:
         """Remember that this connection has data which must wait for an acknowledgement."""
@@ -65,10 +72,11 @@ class RoomRecord:
 class Rooms:
     """All of them, by key."""
 
-    __slots__ = ("_connections", "by_key")
+    __slots__ = ("_connections", "_scanned_max", "by_key")
 
-    def __init__(self, connections: Connections) -> None:
+    def __init__(self, connections: Connections, scanned_max: int = SCANNED_MAX) -> None:
         self._connections = connections
+        self._scanned_max = scanned_max
         self.by_key: dict[str, RoomRecord] = {}
 
     def link(self, slot: int) -> None:
@@ -85,6 +93,8 @@ class Rooms:
             table.next[last] = slot
         room.last = slot
         room.count += 1
+        if room.tags is not None:
+            room.tags.add(slot, table.card[slot])
 
     def is_linked(self, slot: int) -> bool:
         """Whether the connection is among its room's members."""
@@ -110,6 +120,22 @@ class Rooms:
             table.previous[after] = before
         table.previous[slot] = table.next[slot] = NONE
         room.count -= 1
+        if room.tags is not None:
+            if room.count > self._scanned_max:
+                room.tags.remove(slot, table.card[slot])
+            else:
+                room.tags = None
+
+    def retag(self, slot: int, blob: bytes) -> None:
+        """Give a connection other tags: a blob of `wire.tags_blob`."""
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        card = retag_card(table.card[slot], blob)
+        if room.tags is not None and self.is_linked(slot):
+            room.tags.remove(slot, table.card[slot])
+            room.tags.add(slot, card)
+        table.card[slot] = card
 
     def forget_if_empty(self, room: RoomRecord) -> None:
         """Drop the record of a room that has neither connections, in whatever phase, nor events in flight."""
@@ -125,15 +151,19 @@ class Rooms:
             slot = after[slot]
 
     def select(self, room: RoomRecord, criteria: Criteria) -> list[int]:
-        """Slots of the members that match, in the order of acceptance, as of now."""
-        after = self._connections.next
-        found = []
-        slot = room.first
-        while slot != NONE:
-            found.append(slot)
-            slot = after[slot]
+        """Slots of the members that match, in the order of acceptance, as of now.
+
+        A few members are scanned; of many, with a tag that must be there, only the bearers are looked at.
+        """
         all_of, any_of, none_of = criteria
-        cards = self._connections.card
+        table = self._connections
+        cards = table.card
+        if room.count > self._scanned_max and (all_of or any_of):
+            if room.tags is None:
+                room.tags = TagIndex((slot, cards[slot]) for slot in self.members(room))
+            found = sorted(room.tags.candidates(all_of, any_of), key=table.number.__getitem__)
+        else:
+            found = list(self.members(room))
         for tag in all_of:
             mark = tag_mark(tag)
             found = [slot for slot in found if mark in cards[slot]]
