@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from broker.gateway.connections import Connections
-from broker.gateway.rooms import RoomRecord, Rooms
+from broker.gateway.rooms import SCANNED_MAX, RoomRecord, Rooms
 from hibernation import wire
 
 
@@ -43,14 +43,15 @@ SOME_TAGS = st.lists(st.sampled_from(TAGS), max_size=3, unique=True)
 
 
 class Members(RuleBasedStateMachine):
-    """Lists of members and filters of two rooms, against plain lists."""
+    """Lists of members and filters of two rooms, against plain lists. These rooms are small and scanned."""
 
     slots = Bundle("slots")
+    scanned_max = SCANNED_MAX
 
     def __init__(self) -> None:
         super().__init__()
         self.table = Connections()
-        self.rooms = Rooms(self.table)
+        self.rooms = Rooms(self.table, self.scanned_max)
         self.records = [record("main/x"), record("main/y")]
         self.members: list[list[int]] = [[], []]
         self.tags: dict[int, list[str]] = {}
@@ -69,7 +70,7 @@ class Members(RuleBasedStateMachine):
     @rule(slot=slots, tags=SOME_TAGS)
     def retag(self, slot, tags):
         if slot in self.tags:
-            self.table.card[slot] = wire.retag_card(self.table.card[slot], wire.tags_blob(tags))
+            self.rooms.retag(slot, wire.tags_blob(tags))
             self.tags[slot] = tags
 
     @rule(slot=slots)
@@ -109,6 +110,16 @@ class Members(RuleBasedStateMachine):
 
 Members.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 test_members = Members.TestCase
+
+
+class IndexedMembers(Members):
+    """The same with rooms that count as large from their second member on, and become small again."""
+
+    scanned_max = 1
+
+
+IndexedMembers.TestCase.settings = Members.TestCase.settings
+test_indexed_members = IndexedMembers.TestCase
 
 
 def test_members_of_a_tag_are_not_those_of_its_beginning() -> None:
