@@ -223,7 +223,7 @@ class Host:
         """The connections that a turn has changed: their values here are the newest until the gateway says
         so.
         """
-        edits = [(cell, connection) for connection in dict.fromkeys([each[0] for each in room._undo])]
+        edits = [(cell, connection) for connection in room._undo]
         room._undo.clear()
         cell.edited += len(edits)
         return edits
@@ -244,9 +244,7 @@ class Host:
         data = self._link.pack(items)
         if self._out_edits:
             sequence = self._link.sent
-            for cell, connection in self._out_edits:
-                connection._edit_sequence = sequence
-                self._sent_edits.append((sequence, cell, connection))
+            self._sent_edits.extend((sequence, cell, connection) for cell, connection in self._out_edits)
             self._out_edits.clear()
         self._write(data)
 
@@ -335,13 +333,12 @@ class Host:
         """The gateway knows values up to here: what it says from now on is the newest again."""
         sent, newest = self._sent_edits, self._link.acknowledged
         while sent and sent[0][0] <= newest:
-            sequence, cell, connection = sent.popleft()
+            _, cell, connection = sent.popleft()
             cell.edited -= 1
-            if connection._edit_sequence == sequence:
-                connection._edited = False
-                if cell.room is None:
-                    cell.connections.pop(connection._number, None)
-                    self._pool.forget_if_idle(cell)
+            connection._edits -= 1
+            if not connection._edits and cell.room is None:
+                cell.connections.pop(connection._number, None)
+                self._pool.forget_if_idle(cell)
 
     def _arrived(self, item: list[Any]) -> None:
         kind = item[0]

@@ -356,7 +356,7 @@ class Pool:
         if self._idle:
             self._idle.pop(cell, None)
         if cell.edited:
-            cell.connections = {each._number: each for each in cell.connections.values() if each._edited}
+            cell.connections = {each._number: each for each in cell.connections.values() if each._edits}
         elif cell.connections:
             cell.connections.clear()
         self.forget_if_idle(cell)

@@ -5,13 +5,13 @@ turn has ended. Does no I/O of its own: reads and questions go through the `Back
 Peer: `hibernation.host`, which opens a turn, runs the hook, and takes what was staged or throws it away.
 
 What is true between turns: `_effects is None`, and every connection's staged values are either known to the
-gateway or listed as edited, so that the next turn of the room reads them and not the older ones that an event
-may still carry.
+gateway or counted in `_edits`, so that the next turn of the room reads them and not the older ones that an
+event may still carry.
 """
 
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping
 from json import dumps as dump_json
-from typing import TYPE_CHECKING, Any, Final, Protocol, overload
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
@@ -79,11 +79,19 @@ def _criteria(
     if tag is not None:
         wanted.append(tag)
     criteria = [wanted, list(_names(any_of)), list(_names(none_of))]
-    for names in criteria:
-        for name in names:
-            if not isinstance(name, str):
-                raise TypeError(f"a tag is a str, not {type(name).__name__}: {name!r}")
-    return criteria
+    return [[_text(name, "a tag") for name in names] for names in criteria]
+
+
+def _text(value: object, what: str) -> str:
+    """A text that the link can carry."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is a str, not {type(value).__name__}: {value!r}")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} holds a lone surrogate, which is no character: {value!r}") from None
+    return str.__str__(value)  # of a subclass, an enumeration say, the text itself
 
 
 def frame_data(message: Message) -> str | bytes:
@@ -97,15 +105,14 @@ def frame_data(message: Message) -> str | bytes:
         return message
     if isinstance(message, bytearray | memoryview | bytes):
         return bytes(message)
-    text = (
-        message if isinstance(message, str) else dump_json(message, separators=(",", ":"), ensure_ascii=False)
-    )
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError("the message holds a lone surrogate, which is no character") from None
-    return str(text)
+    if not isinstance(message, str):
+        message = dump_json(message, separators=(",", ":"), ensure_ascii=False)
+    return _text(message, "the message")
+
+
+def _size(data: str | bytes) -> int:
+    """Bytes of a message on the wire, its head aside."""
+    return len(data) if type(data) is bytes or data.isascii() else len(data.encode())  # type: ignore[union-attr]
 
 
 class Connection:
@@ -118,8 +125,7 @@ class Connection:
     __slots__ = (
         "_card",
         "_closed",
-        "_edit_sequence",
-        "_edited",
+        "_edits",
         "_number",
         "_parts",
         "_room",
@@ -142,8 +148,9 @@ class Connection:
         self._state: Any = _UNREAD
         self._parts: tuple[str, str, bytes] | None = None
         self._closed = False
-        self._edited = False
-        self._edit_sequence = 0
+        #: Turns that have changed something here and that the gateway has not acknowledged, the present one
+        #: included.
+        self._edits = 0
         self.close_cause = None
 
     def __repr__(self) -> str:
@@ -198,10 +205,10 @@ class Connection:
             value = value(self.state)
         limit = room._settings.state_bytes_max
         blob = None if value is None else encode(value, bytes_max=limit, what="connection state")
+        room._count(len(blob) if blob else 0)
         self._touch()
         self._state_blob = blob
         self._state = _UNREAD
-        room._count(len(blob) if blob else 0)
         effects.append([wire.STATE, self._slot, self._number, blob])
 
     def add_tags(self, *tags: str) -> None:
@@ -222,10 +229,10 @@ class Connection:
         blob = wire.tags_blob(check_tags(tags, self._room._settings))
         if blob == self._read()[2]:
             return
+        self._room._count(len(blob))
         self._touch()
         self._card = wire.retag_card(self._card, blob)
         self._parts = None
-        self._room._count(len(blob))
         effects.append([wire.TAGS, self._slot, self._number, blob])
 
     def send(self, message: Message) -> None:
@@ -243,10 +250,15 @@ class Connection:
             effects = room._staging()
         if self._closed:
             raise ConnectionClosedError(self.id)
-        data = message if type(message) is str and message.isascii() else frame_data(message)
-        room._bytes += len(data)
-        if room._bytes > room._bytes_max:
-            room._count(0)
+        if type(message) is str and message.isascii():
+            data: str | bytes = message
+            total = room._bytes + len(message)
+        else:
+            data = frame_data(message)
+            total = room._bytes + _size(data)
+        if total > room._bytes_max:
+            room._refuse(total)
+        room._bytes = total
         effects.append([wire.SEND, self._slot, self._number, data])
 
     def close(self, code: int = 1000, reason: str = "") -> None:
@@ -260,7 +272,7 @@ class Connection:
             ValueError: A code that may not be sent, or a reason that is too long.
         """
         effects = self._room._staging()
-        check_close(code, reason)
+        code, reason = check_close(code, reason)
         if self._closed:
             return
         self._touch()
@@ -268,25 +280,28 @@ class Connection:
         effects.append([wire.SHUT, self._slot, self._number, code, reason])
 
     def _touch(self) -> None:
-        """Remember how to undo what this turn changes, once per change; the turn's end forgets or uses it."""
-        self._room._undo.append((self, self._card, self._state_blob, self._closed, self._edited))
-        self._edited = True
+        """Before the first change of a turn, remember what was there; the turn's end forgets or uses it."""
+        undo = self._room._undo
+        if self not in undo:
+            undo[self] = (self._card, self._state_blob, self._closed)
+            self._edits += 1
 
-    def _restore(self, card: bytes, state: bytes | None, closed: bool, edited: bool) -> None:
-        self._card, self._state_blob, self._closed, self._edited = card, state, closed, edited
+    def _restore(self, card: bytes, state: bytes | None, closed: bool) -> None:
+        self._card, self._state_blob, self._closed = card, state, closed
         self._parts, self._state = None, _UNREAD
+        self._edits -= 1
 
     def _refresh(self, card: bytes, state: bytes | None) -> None:
         """Take over what the gateway says now, unless something staged here is newer."""
-        if not self._edited:
+        if not self._edits:
             if card != self._card:
                 self._card, self._parts = card, None
             if state != self._state_blob:
                 self._state_blob, self._state = state, _UNREAD
 
 
-#: A connection, and its card, state, closed and edited as they were before the turn changed them.
-Undo = tuple[Connection, bytes, bytes | None, bool, bool]
+#: Card, state and closed of a connection as they were before the turn changed them.
+Undo = tuple[bytes, bytes | None, bool]
 
 
 def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:
@@ -316,20 +331,22 @@ def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:
     return unique
 
 
-def check_close(code: int, reason: str) -> None:
-    """Raise ValueError for a code or a reason that may not stand in a Close frame (RFC 6455, sections 5.5 and
-    7.4).
+def check_close(code: int, reason: str) -> tuple[int, str]:
+    """Give a code and a reason that may stand in a Close frame (RFC 6455, sections 5.5 and 7.4).
+
+    Raises ValueError, or TypeError, for others.
     """
+    if not isinstance(code, int):
+        raise TypeError(f"a close code is an int, not {type(code).__name__}")
     if not (code in (1000, 1001, 1002, 1003) or 1007 <= code <= 1014 or 3000 <= code <= 4999):
         raise ValueError(
             f"{code} may not be sent as a close code: use 1000, or one of your own from 4000 to 4999"
         )
-    try:
-        size = len(reason.encode())
-    except UnicodeEncodeError:
-        raise ValueError("the close reason holds a lone surrogate, which is no character") from None
+    reason = _text(reason, "a close reason")
+    size = len(reason.encode())
     if size > 123:
         raise ValueError(f"the close reason has {size} bytes of UTF-8, 123 are allowed: shorten it")
+    return int(code), reason
 
 
 class Storage:
@@ -560,7 +577,8 @@ class Room:
         self._effects: list[Any] | None = None
         self._bytes = 0
         self._bytes_max = settings.turn_bytes_max
-        self._undo: list[Undo] = []
+        #: What this turn has changed of connections, and how to undo it.
+        self._undo: dict[Connection, Undo] = {}
         self._evict = False
 
     def __repr__(self) -> str:
@@ -619,15 +637,18 @@ class Room:
         data = frame_data(message)
         if isinstance(without, str | Connection):
             without = (without,)
-        ids = [each.id if isinstance(each, Connection) else each for each in without]
-        self._count(len(data))
-        effects.append([wire.BROADCAST, self.key, data, ids, *_criteria(tag, all_of, any_of, none_of)])
+        ids = [each.id if isinstance(each, Connection) else _text(each, "an id") for each in without]
+        criteria = _criteria(tag, all_of, any_of, none_of)
+        self._count(_size(data))
+        effects.append([wire.BROADCAST, self.key, data, ids, *criteria])
 
     async def get_connection(self, connection_id: str) -> Connection | None:
         """The open connection with this id, or None. Asks the gateway; touches no socket."""
+        connection_id = _text(connection_id, "an id")
         for connection in self._connections.values():
-            if connection.id == connection_id and connection._edited:
-                return None if connection._closed else connection
+            # One that is closed may have a successor with its id.
+            if connection._edits and not connection._closed and connection.id == connection_id:
+                return connection
         row = await self._host.ask_gateway(self.key, "find", connection_id)
         if row is None:
             return None
@@ -650,7 +671,7 @@ class Room:
         criteria = _criteria(tag, all_of, any_of, none_of)
         rows, rest = await self._host.ask_gateway(self.key, "list", criteria)
         staged = sorted(
-            [each for each in self._connections.values() if each._edited], key=lambda each: each._number
+            [each for each in self._connections.values() if each._edits], key=lambda each: each._number
         )
         edited = {each._number for each in staged}
         extra = [each for each in staged if not each._closed and _matches(each.tags, criteria)]
@@ -680,7 +701,7 @@ class Room:
     ) -> int:
         """How many open connections match; see `get_connections`."""
         criteria = _criteria(tag, all_of, any_of, none_of)
-        if any(each._edited for each in self._connections.values()):
+        if any(each._edits for each in self._connections.values()):
             count = 0
             async for _ in self.get_connections(all_of=criteria[0], any_of=criteria[1], none_of=criteria[2]):
                 count += 1
@@ -712,10 +733,13 @@ class Room:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
         total = self._bytes + size
         if total > self._bytes_max:
-            raise LimitExceeded(
-                "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
-            )
+            self._refuse(total)
         self._bytes = total
+
+    def _refuse(self, total: int) -> NoReturn:
+        raise LimitExceeded(
+            "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
+        )
 
     def _begin(self) -> list[Any]:
         """Open a turn."""
@@ -727,8 +751,8 @@ class Room:
     def _discard(self) -> None:
         """End a turn that failed: as if it had never been."""
         self._effects = None
-        for connection, card, state, closed, edited in reversed(self._undo):
-            connection._restore(card, state, closed, edited)
+        for connection, before in self._undo.items():
+            connection._restore(*before)
         self._undo.clear()
         if self._storage is not None:
             self._storage._writes.clear()

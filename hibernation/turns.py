@@ -132,7 +132,7 @@ class Turns:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             effects = await self.fail(cell, room, worker, connection, error)
         self._finish(cell, room, [wire.CLOSED, slot, number, effects])
-        if not connection._edited:
+        if not connection._edits:
             cell.connections.pop(number, None)
 
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
