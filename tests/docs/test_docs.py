@@ -219,6 +219,13 @@ def test_invariants_that_are_cited_exist() -> None:
         assert cited <= known, path
 
 
+def test_every_rule_that_is_cited_exists() -> None:
+    known = re.findall(r"^\| (S\d+) \|", (DOCS / "rules.md").read_text(), re.MULTILINE)
+    assert known == sorted(set(known), key=lambda rule: int(rule[1:]))
+    cited = {rule for path in SOURCES for rule in re.findall(r"\bS\d{1,2}\b", path.read_text())}
+    assert cited <= set(known)
+
+
 # --- The pages themselves -----------------------------------------------------------------------------
 
 
