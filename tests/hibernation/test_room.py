@@ -1,7 +1,6 @@
 """What room code holds in its hands: what a turn stages, what a failed one leaves, what storage shows."""
 
 import enum
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,14 @@ class FakeHost:
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
 
-    def read(self, _key: str, name: str) -> bytes | None:
+    def read(self, key: str, name: str) -> bytes | None:
         return self.disk.get(name)
 
-    def read_range(self, _key: str, **bounds: Any) -> list[tuple[str, bytes]]:
+    def read_range(self, key: str, **bounds: Any) -> list[tuple[str, bytes]]:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
 
-    async def ask_gateway(self, _key: str, what: str, argument: Any) -> Any:
+    async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
         encode_for_link([argument])  # what cannot be sent would end the host
         await trio.lowlevel.checkpoint()
@@ -147,8 +146,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
-    yield Stage()
+def stage() -> Stage:
+    return Stage()
 
 
 # --- Effects --------------------------------------------------------------------------------------
@@ -181,8 +180,8 @@ def test_effects_are_staged_in_the_order_of_the_calls(stage):
         ([1, None, "é"], '[1,null,"é"]'),
         (None, "null"),
         (5, "5"),
-        (enum.Enum("E", {"A": "value"}, type=str).A, "value"),
-        (enum.StrEnum("F", {"A": "value"}).A, "value"),
+        (enum.Enum("E", {"A": "value"}, type=str)("value"), "value"),
+        (enum.StrEnum("F", {"A": "value"})("value"), "value"),
     ],
 )
 def test_text_and_bytes_go_as_they_are_and_the_rest_as_json(stage, message, frame):
@@ -252,7 +251,7 @@ def test_whatever_is_staged_can_be_sent_over_the_link(stage):
     class Code(enum.IntEnum):
         BYE = 4001
 
-    class Tag(str, enum.Enum):
+    class Tag(str, enum.Enum):  # noqa: UP042 - whose str() is not its text
         RED = "red"
 
     connection.add_tags(Tag.RED)
@@ -711,7 +710,7 @@ def test_storage_shows_what_a_plain_dict_would(steps, bounds, after):
                 storage.put(key, value)
                 present[key] = value
             case ("delete", key):
-                existed = trio.run(lambda key=key: _awaited(storage.delete(key)))
+                existed = trio.run(_awaited, storage.delete(key))
                 assert existed == (key in present)
                 present.pop(key, None)
             case ("clear",):
