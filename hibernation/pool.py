@@ -25,6 +25,7 @@ import trio
 
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
+from hibernation.memory import Trimmer
 from hibernation.room import Backstage, Room
 from hibernation.settings import Settings
 from hibernation.suspension import watched
@@ -36,7 +37,11 @@ RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LAST_SECONDS: Final = 10.0
 #: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
 CLOCK_SECONDS: Final = 0.05
-#: How often the memory of the process is compared with its mark.
+#: Workers that wait for something to do; further ones end.
+PARKED_MAX: Final = 64
+#: How often, at most, a room that stays while it has connections asks whether it has.
+DESERTED_SECONDS: Final = 0.5
+#: How often the memory of the process is looked at.
 MEMORY_SECONDS: Final = 1.0
 
 
@@ -101,6 +106,7 @@ class Pool:
         self._retries: set[Cell] = set()
         self._clock_wanted = trio.Event()
         self._recent: dict[str, tuple[int, float]] = {}
+        self._trimmer = Trimmer()
         #: No turn is started any more.
         self.retiring = False
         self.awake = 0
@@ -128,23 +134,29 @@ class Pool:
         self._workers.add(worker)
         try:
             while True:
+                worker.cancelled = False
                 with trio.CancelScope() as worker.scope:
-                    await self._rounds(worker)
-                # Cancelled from inside: a turn took too long, or its client has left.
-                cell, event = worker.cell, worker.event
-                if cell is not None:
-                    with trio.CancelScope() as worker.scope:
-                        await self._end_cancelled(cell, worker, event)
+                    # Cancelled from inside: a turn took too long, or its client has left; then perhaps its
+                    # `on_error`, too.
+                    if worker.cell is not None:
+                        await self._end_cancelled(worker.cell, worker, worker.event)
+                    if await self._rounds(worker):
+                        return
         finally:
             self._workers.discard(worker)
 
-    async def _rounds(self, worker: Worker) -> None:
+    async def _rounds(self, worker: Worker) -> bool:
+        """Work until cancelled. True: there are workers enough without this one."""
         ready = self._ready
-        while True:
+        while not worker.cancelled:
             while ready and not self._is_full():
                 await self._burst(ready.popleft(), worker)
+                if worker.cancelled:
+                    return False
             self._flush()
             if self._waiting:
+                if len(self._parked) >= PARKED_MAX:
+                    return True
                 await self._park(worker)
                 continue
             self._waiting = True
@@ -153,6 +165,7 @@ class Pool:
             finally:
                 self._waiting = False
             self._receive()
+        return False
 
     async def _park(self, worker: Worker) -> None:
         def abort(_: Any) -> trio.lowlevel.Abort:
@@ -187,7 +200,7 @@ class Pool:
         """Cancel every turn that is under way; each is then ended as one that failed."""
         for worker in list(self._workers):
             if worker.cell is not None:
-                worker.scope.cancel()
+                worker.cancel()
 
     def retire(self) -> None:
         """Start no more turns; the events that have not begun are somebody else's."""
@@ -242,12 +255,16 @@ class Pool:
             events = cell.events
             budget = self._settings.turns_per_room_burst
             run = self.turns.run
+            room = cell.room
+            assert room is not None
             self.active = cell.key
             while events and budget:
                 budget -= 1
                 worker.event = event = events.popleft()
                 worker.started = monotonic()
                 await run(cell, worker, event)
+                if room._evict or worker.cancelled:
+                    break
         self._rest(cell, worker)
 
     def _construct(self, cell: Cell, worker: Worker) -> bool:
@@ -294,6 +311,7 @@ class Pool:
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            await trio.lowlevel.checkpoint_if_cancelled()
             self.awake -= 1
             self._start_failed(cell, error)
             return False
@@ -331,13 +349,16 @@ class Pool:
         worker.cell = None
         if cell.retry_at:
             return
+        room = cell.room
+        if room is not None and room._evict and not cell.streams:
+            self._evict(cell)  # also if there is more to do: fields do not survive (S8)
+            room = None
         if cell.events and not self.retiring:
             self._schedule(cell)
             return
-        room = cell.room
         if room is None:
             self.forget_if_idle(cell)
-        elif not cell.streams and (cell.kind.evicts_at_once or room._evict):
+        elif cell.kind.evicts_at_once and not cell.streams:
             self._evict(cell)
         else:
             cell.used_at = monotonic()
@@ -351,12 +372,15 @@ class Pool:
         assert cell.room is not None
         cell.room._storage = None  # the one cycle of references: without it the room is freed at once
         cell.server = cell.room = None
+        cell.deserted_at = 0.0
         self.awake -= 1
         self.evictions += 1
         if self._idle:
             self._idle.pop(cell, None)
         if cell.edited:
-            cell.connections = {each._number: each for each in cell.connections.values() if each._edits}
+            for connection in list(cell.connections.values()):
+                if not connection._edits:
+                    del cell.connections[connection._number]
         elif cell.connections:
             cell.connections.clear()
         self.forget_if_idle(cell)
@@ -376,8 +400,9 @@ class Pool:
     def stream_ended(self, cell: Cell) -> None:
         """A response that the room was streaming has come to its end."""
         cell.streams -= 1
-        if not cell.running and not cell.scheduled and cell.server is not None and not cell.streams:
-            if cell.kind.evicts_at_once:
+        room = cell.room
+        if not cell.running and not cell.scheduled and room is not None and not cell.streams:
+            if cell.kind.evicts_at_once or room._evict:
                 self._evict(cell)
             else:
                 cell.used_at = monotonic()
@@ -399,9 +424,10 @@ class Pool:
                 await self._clock_wanted.wait()
             now = monotonic()
             self._evict_idle(now)
-            if now >= look_at_memory and self._idle:
+            if now >= look_at_memory:
                 look_at_memory = now + MEMORY_SECONDS
-                if memory_bytes() > self._settings.memory_mark_bytes:
+                self._trimmer.each_second(self.wakes)
+                if self._idle and memory_bytes() > self._settings.memory_mark_bytes:
                     self._evict_all_idle()
             for cell in list(self._retries):
                 if now >= cell.retry_at:
@@ -414,20 +440,21 @@ class Pool:
                 if running is None or not worker.event:
                     continue
                 if now - worker.started >= running.kind.settings.turn_timeout:
-                    worker.scope.cancel()
+                    worker.cancel()
             if not self._idle and not self._retries:
                 self._clock_wanted = trio.Event()
             await trio.sleep(CLOCK_SECONDS)
 
     def _evict_idle(self, now: float) -> None:
         for cell in list(self._idle):
-            if cell.running or cell.scheduled or cell.streams or now - cell.used_at < cell.kind.idle_seconds:
+            if cell.running or cell.scheduled or cell.streams:
                 continue
-            if cell.kind.hibernate:
+            if not cell.kind.hibernate:
+                if now >= cell.ask_at:
+                    cell.ask_at = now + max(DESERTED_SECONDS, cell.kind.idle_seconds / 4)
+                    self.spawn(self._evict_if_deserted, cell)
+            elif now - cell.used_at >= cell.kind.idle_seconds:
                 self._evict(cell)
-            else:
-                cell.used_at = now
-                self.spawn(self._evict_if_deserted, cell)
 
     def _evict_all_idle(self) -> None:
         """Above the memory mark every room without work goes, of whichever kind (S6)."""
@@ -436,11 +463,17 @@ class Pool:
                 self._evict(cell)
 
     async def _evict_if_deserted(self, cell: Cell) -> None:
-        """A room with `hibernate = False` stays while it has a connection (S6)."""
-        deserted = await self._is_deserted(cell.key)
+        """A room with `hibernate = False` stays while it has a connection, and idle_seconds longer (S6)."""
+        if not await self._is_deserted(cell.key):
+            cell.deserted_at = 0.0
+            return
+        now = monotonic()
+        if not cell.deserted_at:
+            cell.deserted_at = now
         busy = cell.running or cell.scheduled or cell.streams
-        if deserted and cell.server is not None and not busy:
-            self._evict(cell)
+        if cell.server is not None and not busy:
+            if now - max(cell.deserted_at, cell.used_at) >= cell.kind.idle_seconds:
+                self._evict(cell)
 
     # --- Sight ------------------------------------------------------------------------------------
 

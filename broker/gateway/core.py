@@ -36,6 +36,7 @@ from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation import wire
 from hibernation.configuration import GatewayConfig, report
 from hibernation.logs import get_logger
+from hibernation.memory import Trimmer
 from storage.directory import read_token
 from storage.errors import CommitRefused
 from storage.registry import Registry, RegistryBatch
@@ -64,6 +65,7 @@ class Gateway:
         self._writer = Writer("registry")
         self._storing: tuple[list[tuple[int, int]], RegistryBatch] | None = None
         self._registry_failed = False
+        self._trimmer = Trimmer()
         self.connections = Connections()
         self.rooms = Rooms(self.connections)
         self.hub = Hub(self._parked, self._end_of_tick, self._each_second)
@@ -154,6 +156,7 @@ class Gateway:
         self.doors.each_second(now)
         self.lifecycle.sweep()
         self.links.acknowledge()
+        self._trimmer.each_second(self.inbox.messages + self.lifecycle.accepted)
         if self._registry_failed:
             self._registry_failed = False
 

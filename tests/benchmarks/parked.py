@@ -7,7 +7,7 @@ from tests.benchmarks.running import Broker, Floor, Memory, memory_of
 NAME = "parked"
 TARGET_BYTES = 1024
 #: For the last pages to be written, and freed memory to be given back.
-SETTLE_SECONDS = 2.0
+SETTLE_SECONDS = 4.0
 
 
 def run(quick: bool) -> list[Figure]:
