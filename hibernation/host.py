@@ -187,7 +187,7 @@ class Host:
         self._pool.retire()
         self._flush()
         with trio.move_on_after(self.config.settings.drain):
-            while self._pool.busy or self._exchanges.streaming or not self._commits.idle:  # noqa: ASYNC110
+            while self._pool.busy or self._exchanges.busy or not self._commits.idle:  # noqa: ASYNC110
                 await trio.sleep(RECONNECT_SECONDS)
         self._pool.cancel_turns()
         with trio.move_on_after(LAST_WORDS_SECONDS):
@@ -336,7 +336,8 @@ class Host:
             _, cell, connection = sent.popleft()
             cell.edited -= 1
             connection._edits -= 1
-            if not connection._edits and cell.room is None:
+            # Events that wait here may be older than the acknowledgement: they still need what is known here.
+            if not connection._edits and cell.room is None and not cell.events:
                 cell.connections.pop(connection._number, None)
                 self._pool.forget_if_idle(cell)
 

@@ -64,9 +64,9 @@ class Turns:
             connections = cell.connections
             connection = connections.get(number)
             if connection is None:
+                # One that the burst has met already is at least as new as what the event carries: nobody but
+                # the room changes it, and the event may have waited here while it did.
                 connection = connections[number] = Connection(room, slot, number, card, state)
-            else:
-                connection._refresh(card, state)
             worker.hook = "on_message"
             try:
                 result = cell.server.on_message(*(data, connection)[: cell.kind.message_parameters])
@@ -120,8 +120,6 @@ class Turns:
         connection = cell.connections.get(number)
         if connection is None:
             connection = cell.connections[number] = Connection(room, slot, number, card, state)
-        else:
-            connection._refresh(card, state)
         connection.close_cause = cause
         connection._closed = True
         worker.hook = "on_close"
@@ -152,8 +150,11 @@ class Turns:
             self.exchanges.fail(number, effects, error)
             self._finish(cell, room, [wire.EFFECTS, effects])
             return
-        slot, number = event[2], event[3]
-        effects = await self.fail(cell, room, worker, cell.connections.get(number), error)
+        slot, number, card, state = event[2:6]
+        connection = cell.connections.get(number)
+        if connection is None:
+            connection = Connection(room, slot, number, card, state)
+        effects = await self.fail(cell, room, worker, connection, error)
         if kind == wire.MESSAGE:
             self._finish(cell, room, [wire.TURN, slot, number, event[6], effects])
         elif kind == wire.CONNECT:
@@ -176,10 +177,14 @@ class Turns:
         self, cell: Cell, room: Room, worker: Worker, connection: Connection | None, error: BaseException
     ) -> list[Any]:
         """A turn has failed (S20): undo it, log it, tell `on_error`; return the effects of that hook."""
+        # Whatever room code made of its cancellation, the turn ends as a cancelled one.
+        await trio.lowlevel.checkpoint_if_cancelled()
         room._discard()
-        self.failed += 1
         self.log_failure(f"{worker.hook} failed", cell, error, connection=connection)
         effects = room._begin()
+        if worker.hook == "on_error":
+            return effects
+        self.failed += 1
         if "on_error" not in cell.kind.hooks:
             return effects
         worker.hook = "on_error"
