@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -73,6 +74,13 @@ class Cell:
     streams = 0
     #: When its last turn ended, for rooms that stay a while.
     used_at = 0.0
+    #: For those that stay while they have connections: when to ask for them again, and since when it is known
+    #: that there are none; 0: there are.
+    ask_at = 0.0
+    deserted_at = 0.0
+    #: Of a room that stays: connections of its earlier bursts, as long as its code holds them. Nobody tells
+    #: which of them have gone.
+    met: "WeakValueDictionary[int, Connection] | None" = None
     server: Any = None
     room: "Room | None" = None
     #: `on_start` has run, or there is none.
@@ -105,14 +113,21 @@ class Batch:
 class Worker:
     """One task of the pool, and the turn it is in."""
 
-    __slots__ = ("cell", "event", "hook", "scope", "started", "task")
+    __slots__ = ("cancelled", "cell", "event", "hook", "scope", "started", "task")
 
     def __init__(self) -> None:
         self.task: trio.lowlevel.Task | None = None
         self.scope = trio.CancelScope()
+        #: The scope is cancelled, for the sake of one turn: no other may begin in it.
+        self.cancelled = False
         #: None between bursts.
         self.cell: Cell | None = None
         #: Empty while the room is being started.
         self.event: Event = []
         self.hook = ""
         self.started = 0.0
+
+    def cancel(self) -> None:
+        """Cancel the turn that is under way."""
+        self.cancelled = True
+        self.scope.cancel()

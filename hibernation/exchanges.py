@@ -6,9 +6,11 @@ with the first request: Quart costs 35 MB.
 """
 
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
+from cbor2 import dumps, loads
 
 from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 
 #: Chunks of one streamed answer that may be on their way to its client.
 STREAM_CHUNKS: Final = 8
-#: What a stream's `aclose` may take.
+#: What the `aclose` of a stream may take.
 CLEAN_UP_SECONDS: Final = 1.0
 
 #: What is being done for a request: None while it waits, then the worker of its turn, or the scope of its
@@ -67,9 +69,9 @@ class Exchanges:
         self._credits: dict[int, trio.Semaphore] = {}
 
     @property
-    def streaming(self) -> bool:
-        """Whether an answer is being streamed."""
-        return bool(self._credits)
+    def busy(self) -> bool:
+        """Whether a static hook runs for a request, or an answer is being streamed."""
+        return bool(self._credits) or any(isinstance(each, trio.CancelScope) for each in self._doing.values())
 
     def forget(self) -> None:
         """The gateway has gone, and with it every client that waits for an answer."""
@@ -107,10 +109,7 @@ class Exchanges:
     def cancel(self, number: int) -> None:
         """The client of a request has left: its turn is cancelled, its stream ends (S26)."""
         doing = self._doing.pop(number, None)
-        if isinstance(doing, Worker):
-            if doing.event and doing.event[0] == wire.REQUEST and doing.event[2] == number:
-                doing.scope.cancel()
-        elif doing is not None:
+        if doing is not None:
             doing.cancel()
 
     def is_waiting(self, number: int) -> bool:
@@ -129,6 +128,7 @@ class Exchanges:
             return
         self._doing[number] = worker
         self._put([wire.BEGUN, number])
+        self._flush()  # before anything of the turn can be on disk, or the hook can block the loop (S26)
         worker.hook = "on_request"
         request = build_request(event[3])
         reply: Reply | None
@@ -167,7 +167,15 @@ class Exchanges:
 
     async def _static(self, kind: Kind, hook: str, fields: dict[str, Any]) -> "tuple[Reply | None, Any]":
         """Call a static hook. Gives the answer, if it is one, and the request with what the hook changed."""
-        from hibernation.requests import Reply, Request, build_request, error_reply, refusal, to_reply
+        from hibernation.requests import (
+            Reply,
+            Request,
+            build_request,
+            error_reply,
+            refusal,
+            request_fields,
+            to_reply,
+        )
 
         request = build_request(fields)
         room = fields.get("room")
@@ -177,11 +185,15 @@ class Exchanges:
                 value = getattr(kind.cls, hook)(*(request, lobby)[: kind.parameters[hook]])
                 if isinstance(value, Awaitable):
                     value = await value
-            if value is None:
-                return None, request
-            if isinstance(value, Request):
-                return None, value
-            return await to_reply(value), request
+                if isinstance(value, Request):
+                    request, value = value, None
+                if value is None:
+                    request_fields(request)  # whatever headers were given, they have to be sent
+                    return None, request
+                answer = await to_reply(value)
+                if hook == "on_before_connect":
+                    answer = replace(answer, body=await _whole(answer.body))
+                return answer, request
         except Refuse as refused:
             return refusal(refused), request
         except trio.Cancelled:
@@ -196,13 +208,14 @@ class Exchanges:
     async def _before_connect(self, event: Event) -> None:
         from hibernation.requests import request_fields
 
-        _, key, number, fields = event
+        _, key, number, encoded = event
         kind = self._kinds[key.split("/", 1)[0]]
+        fields = loads(encoded)
         refused, request = await self._static(kind, "on_before_connect", fields)
         if refused is None:
-            self._put([wire.ADMIT, number, 0, request_fields(request)["headers"], b""])
+            self._put([wire.ADMIT, number, 0, [], dumps({**fields, **request_fields(request)})])
         else:
-            self._put([wire.ADMIT, number, refused.status, refused.headers, await _whole(refused.body)])
+            self._put([wire.ADMIT, number, refused.status, refused.headers, refused.body])
         self._flush()
 
     async def _before_request(self, kind: Kind, event: Event) -> None:
@@ -215,8 +228,8 @@ class Exchanges:
             if refused is not None:
                 await self._answer(number, refused)
                 return
-        if scope.cancelled_caught:
-            return
+        if number not in self._doing:
+            return  # its client has left
         self._doing[number] = None
         self._pool.deliver(key, kind, [wire.REQUEST, key, number, {**fields, **request_fields(request)}])
         self._pool.activate()
@@ -258,18 +271,30 @@ class Exchanges:
                     self._put([wire.CHUNK, number, bytes(chunk)])
                     self._flush()
                 whole = True
-        except Exception as error:  # noqa: BLE001 - room code may raise anything
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
             self._turns.log_failure("streaming a response failed", cell, error)
         finally:
-            if hasattr(body, "aclose"):
-                with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
-                    await body.aclose()
+            await self._end_body(cell, body)
             self._credits.pop(number, None)
             self._doing.pop(number, None)
             self._put([wire.FINISH, number, whole])
             self._flush()
             if cell is not None:
                 self._pool.stream_ended(cell)
+
+    async def _end_body(self, cell: Cell | None, body: Any) -> None:
+        """Let the room's code clean up behind its stream."""
+        if not hasattr(body, "aclose"):
+            return
+        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+            try:
+                await body.aclose()
+            except trio.Cancelled:
+                raise
+            except BaseException as error:  # noqa: BLE001 - room code may raise anything
+                self._turns.log_failure("ending a streamed response failed", cell, error)
 
 
 _TEXT: Final = [("content-type", "text/plain; charset=utf-8")]
@@ -279,4 +304,9 @@ async def _whole(body: Any) -> bytes:
     """A body as bytes, also if it comes in pieces."""
     if isinstance(body, bytes):
         return body
-    return b"".join([bytes(chunk) async for chunk in body])
+    try:
+        return b"".join([bytes(chunk) async for chunk in body])
+    finally:
+        if hasattr(body, "aclose"):
+            with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+                await body.aclose()

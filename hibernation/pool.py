@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable
 from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, Protocol
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -148,10 +149,10 @@ class Pool:
     async def _rounds(self, worker: Worker) -> bool:
         """Work until cancelled. True: there are workers enough without this one."""
         ready = self._ready
-        while not worker.cancelled:
+        while True:
             while ready and not self._is_full():
                 await self._burst(ready.popleft(), worker)
-                if worker.cancelled:
+                if worker.cancelled:  # by somebody else, while the turn went on
                     return False
             self._flush()
             if self._waiting:
@@ -165,7 +166,6 @@ class Pool:
             finally:
                 self._waiting = False
             self._receive()
-        return False
 
     async def _park(self, worker: Worker) -> None:
         def abort(_: Any) -> trio.lowlevel.Abort:
@@ -257,6 +257,8 @@ class Pool:
             run = self.turns.run
             room = cell.room
             assert room is not None
+            if cell.met:
+                cell.connections.update(cell.met)
             self.active = cell.key
             while events and budget:
                 budget -= 1
@@ -362,6 +364,8 @@ class Pool:
             self._evict(cell)
         else:
             cell.used_at = monotonic()
+            if cell.connections:
+                self._let_go(cell)
             self._idle.pop(cell, None)
             self._idle[cell] = None
             self._clock_wanted.set()
@@ -373,17 +377,28 @@ class Pool:
         cell.room._storage = None  # the one cycle of references: without it the room is freed at once
         cell.server = cell.room = None
         cell.deserted_at = 0.0
+        cell.met = None
         self.awake -= 1
         self.evictions += 1
         if self._idle:
             self._idle.pop(cell, None)
-        if cell.edited:
-            for connection in list(cell.connections.values()):
-                if not connection._edits:
-                    del cell.connections[connection._number]
-        elif cell.connections:
-            cell.connections.clear()
+        connections = cell.connections
+        if connections and not cell.events:
+            if cell.edited:
+                for connection in [each for each in connections.values() if not each._edits]:
+                    del connections[connection._number]
+            else:
+                connections.clear()
         self.forget_if_idle(cell)
+
+    def _let_go(self, cell: Cell) -> None:
+        """A room that stays remembers connections only as long as its code, or the gateway, may know them."""
+        met = cell.met
+        if met is None:
+            met = cell.met = WeakValueDictionary()
+        for connection in [each for each in cell.connections.values() if not each._edits]:
+            met[connection._number] = connection
+            del cell.connections[connection._number]
 
     def forget_if_idle(self, cell: Cell) -> None:
         """Drop the cell if nothing is left of it (H4)."""
@@ -471,9 +486,9 @@ class Pool:
         if not cell.deserted_at:
             cell.deserted_at = now
         busy = cell.running or cell.scheduled or cell.streams
-        if cell.server is not None and not busy:
-            if now - max(cell.deserted_at, cell.used_at) >= cell.kind.idle_seconds:
-                self._evict(cell)
+        since = max(cell.deserted_at, cell.used_at)
+        if cell.server is not None and not busy and now - since >= cell.kind.idle_seconds:
+            self._evict(cell)
 
     # --- Sight ------------------------------------------------------------------------------------
 

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Generator, Iterable, Mapping
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
+from cbor2 import loads
+
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.settings import Settings
@@ -123,6 +125,7 @@ class Connection:
     """
 
     __slots__ = (
+        "__weakref__",
         "_card",
         "_closed",
         "_edits",
@@ -777,10 +780,10 @@ class ConnectionContext:
             headers.
     """
 
-    __slots__ = ("_fields", "_request")
+    __slots__ = ("_encoded", "_request")
 
-    def __init__(self, fields: dict[str, Any]) -> None:
-        self._fields = fields
+    def __init__(self, encoded: bytes) -> None:
+        self._encoded = encoded
         self._request: Request | None = None
 
     @property
@@ -789,7 +792,7 @@ class ConnectionContext:
         if self._request is None:
             from hibernation.requests import build_request  # Quart costs 35 MB: only for who looks
 
-            self._request = build_request(self._fields)
+            self._request = build_request(loads(self._encoded))
         return self._request
 
 

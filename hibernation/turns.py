@@ -93,10 +93,10 @@ class Turns:
     async def _connect(
         self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]
     ) -> None:
-        _, _, slot, number, card, state, fields = event
+        _, _, slot, number, card, state, request = event
         kind = cell.kind
         connection = cell.connections[number] = Connection(room, slot, number, card, state)
-        context = ConnectionContext(fields)
+        context = ConnectionContext(request)
         failed = False
         try:
             if "get_connection_tags" in kind.hooks:
