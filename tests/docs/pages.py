@@ -110,7 +110,7 @@ def _curl(words: list[str]) -> str:
     data = words[1].encode() if words[0] == "-d" else None
     try:
         with urllib.request.urlopen(words[-1], data, timeout=DEADLINE_SECONDS) as response:
-            body = response.read()
+            body: bytes = response.read()
     except urllib.error.HTTPError as refused:
         with refused:
             body = refused.read()

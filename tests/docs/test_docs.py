@@ -206,7 +206,7 @@ def test_the_page_of_invariants_lists_those_of_the_modules() -> None:
             assert number not in found, number
             found[number] = path.relative_to(ROOT).as_posix()
     text = (DOCS / "invariants.md").read_text()
-    listed = {}
+    listed: dict[str, str] = {}
     for path, rest in re.findall(r"^## .*?`(\S+\.py)`\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE):
         listed |= dict.fromkeys(re.findall(r"^\| ([A-Z]\d+) \|", rest, re.MULTILINE), path)
     assert listed == found
