@@ -10,11 +10,11 @@ Events, gateway to host (past facts):
 
 | event | fields after the kind |
 | --- | --- |
-| CONNECT | key, slot, number, card, state, request fields |
+| CONNECT | key, slot, number, card, state, encoded request fields |
 | MESSAGE | key, slot, number, card, state, end, data (str or bytes) |
 | CLOSE | key, slot, number, card, state, code, reason, was clean, cause |
 | REQUEST | key, request number, request fields |
-| BEFORE | key, request number, request fields: may this upgrade go on? |
+| BEFORE | key, request number, encoded request fields: may this upgrade go on? |
 | FETCH | "", request number, request fields: a request that belongs to no room |
 | REPLY | query number, value |
 | CREDIT | request number, chunks that may follow |
@@ -30,7 +30,7 @@ Results, host to gateway (orders; released by the commit they depend on):
 | CLOSED | slot, number, effects |
 | EFFECTS | effects: of a turn that no connection caused |
 | BEGUN | request number: its turn runs, so it is not asked again elsewhere |
-| ADMIT | request number, status or 0, headers, body: the answer to BEFORE |
+| ADMIT | request number, 0, [], encoded request fields; or status, headers, body: the answer to BEFORE |
 | CHUNK | request number, bytes |
 | FINISH | request number, whole |
 | QUERY | query number, key, what, argument |

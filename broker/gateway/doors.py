@@ -14,6 +14,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+from cbor2 import dumps
+
 from broker.gateway.connections import ADMITTING, CLOSING, CONNECTING, ENDING, Connections
 from broker.gateway.forwarding import Proxies
 from broker.gateway.handshake import (
@@ -278,7 +280,7 @@ class Doors:
         number = self._next_number
         self._next_number += 1
         subprotocol = choose_subprotocol(upgrade.protocols, party.subprotocols)
-        fields: dict[str, Any] = {}
+        request = b""
         if party.wants_before_connect or party.wants_connect:
             fields = {
                 "party": party.name,
@@ -293,10 +295,11 @@ class Doors:
                 "client": client,
                 "http_version": "1.1",
             }
+            request = dumps(fields)  # as bytes it is small, and whoever never looks at it never decodes it
         slot = table.allocate(number, sock, room, wire.make_card(name, uri, b""), int(self._hub.now))
         table.watch(sock.fileno(), slot)
         answer = switching_response(upgrade.key, subprotocol)
-        self._lifecycle.introduce(slot, Newcomer(answer, head.length, fields, name, uri, counted))
+        self._lifecycle.introduce(slot, Newcomer(answer, head.length, request, name, uri, counted))
         if given is not None:
             other = table.find(room, given)
             if other is not None:
@@ -351,7 +354,7 @@ class Doors:
         self._asked[number] = (slot, table.number[slot])
         link = self._links.by_shard[room.shard]
         if link is not None:
-            link.put([wire.BEFORE, room.key, number, self._lifecycle.newcomer(slot).fields])
+            link.put([wire.BEFORE, room.key, number, self._lifecycle.newcomer(slot).request])
 
     def host_came(self, host: HostLink) -> None:
         """Ask again what the host before it did not answer."""
@@ -361,7 +364,7 @@ class Doors:
             if room is None:
                 del self._asked[number]
             elif room.shard in host.shards:
-                host.put([wire.BEFORE, room.key, number, self._lifecycle.newcomer(slot).fields])
+                host.put([wire.BEFORE, room.key, number, self._lifecycle.newcomer(slot).request])
 
     def answered(self, number: int, status: int, headers: list[tuple[str, str]], body: bytes) -> None:
         """What the before-hook decided: status 0 lets the client in."""
@@ -375,7 +378,7 @@ class Doors:
             named = [(name, value) for name, value in headers if name.lower() not in _FRAMING]
             self._lifecycle.turn_away(slot, error_response(status, body, named))
             return
-        self._lifecycle.newcomer(slot).fields["headers"] = headers
+        self._lifecycle.newcomer(slot).request = body
         self._lifecycle.store(slot)
 
 

@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import time
-from typing import Any, Final
+from typing import Final
 
 from broker.gateway.addresses import Addresses
 from broker.gateway.connections import (
@@ -67,7 +67,8 @@ class Newcomer:
 
     head: bytes
     head_bytes: int
-    fields: dict[str, Any]
+    #: The upgrade request, encoded, for whoever asks to see it.
+    request: bytes
     connection_id: str
     uri: str
     address: str
@@ -243,8 +244,8 @@ class Lifecycle:
             return  # asked when the host is there
         room.inflight_events += 1
         state = self._inbox.states.get(slot)
-        fields = self._newcomers[slot].fields
-        link.put([wire.CONNECT, room.key, slot, table.number[slot], table.card[slot], state, fields])
+        request = self._newcomers[slot].request
+        link.put([wire.CONNECT, room.key, slot, table.number[slot], table.card[slot], state, request])
 
     def connected(self, slot: int, number: int, failed: bool) -> None:
         """The connect turn has ended: frames may come, unless it failed (S9)."""
