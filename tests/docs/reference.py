@@ -42,7 +42,7 @@ def _section(name: str, command: click.Command) -> str:
     given = [p for p in command.params if not isinstance(p, SettingOption)]
     arguments = " ".join(p.make_metavar(context) for p in given if isinstance(p, click.Argument))
     lines = [f"## broker {name}", "", f"`broker {name} {arguments}`".replace(" `", "`"), ""]
-    lines += [" ".join(part.split()) for part in (command.help or "").split("\n\n")]
+    lines.append("\n\n".join([" ".join(part.split()) for part in (command.help or "").split("\n\n")]))
     options = [p for p in given if isinstance(p, click.Option)]
     if options:
         lines += ["", "| option | default | |", "| --- | --- | --- |"]
