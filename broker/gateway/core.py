@@ -71,6 +71,7 @@ class Gateway:
         self.hub = Hub(self._parked, self._end_of_tick, self._each_second)
         self.links = Links(self.hub, settings, config.shard_count)
         self.inbox = Inbox(self.connections, self.links, settings, config.data / "spill")
+        self.inbox.later = self.hub.after
         self.lifecycle: Lifecycle
         self.sender = Sender(self.connections, settings, self._send_failed)
         self.lifecycle = Lifecycle(

@@ -15,9 +15,16 @@ A message that would not fit into the kernel's buffer [inbox_bytes_max] is moved
 into a spill file; what is in the file counts as consumed. That begins only when every earlier message is
 acknowledged, and never takes a byte beyond the end of the frame at hand, so file and kernel together are
 always one unbroken stream.
+
+How much the kernel's buffer holds depends on how the bytes were cut into segments, and may be less than that
+limit by far: then the peer's window is closed and no event will ever come. So a message that stays unfinished
+for STALL_SECONDS without growing is spilled, whatever its size.
 """
 
+import fcntl
 import socket
+import struct
+import termios
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -40,6 +47,9 @@ from hibernation.settings import Settings
 
 #: Peeked at once: more than the kernel keeps with SO_RCVBUF at its default setting.
 PEEK_BYTES: Final = 512 * 1024
+#: Unfinished messages of so many bytes in the kernel are looked at again after so long.
+STALL_BYTES: Final = 4096
+STALL_SECONDS: Final = 0.1
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
 MESSAGE: Final = wire.MESSAGE
@@ -89,6 +99,7 @@ class Inbox:
         self._readings: dict[int, Reading] = {}
         self._spills = Spills(spill_directory, settings.spill_bytes_max)
         self._spill_waiting: list[int] = []
+        self._unfinished: set[int] = set()
         #: State of the few connections that have one.
         self.states: dict[int, bytes] = {}
         self.messages = 0
@@ -97,12 +108,14 @@ class Inbox:
         self.on_close_frame: Callable[[int, int, str], None]
         self.on_violation: Callable[[int, int, str], None]
         self.on_gone: Callable[[int], None]
+        #: Calls a function after some seconds; the hub's, set by the core.
+        self.later: Callable[..., None] = lambda *_: None
 
     # --- Reading ----------------------------------------------------------------------------------
 
-    def pump(self, slot: int) -> None:
+    def pump(self, slot: int, spill_over_bytes: int | None = None) -> None:
         """Look at what the kernel holds for a connection and dispatch what is whole, within the bounds of
-        S24.
+        S24; spill a message that is not whole and larger than `spill_over_bytes` [inbox_bytes_max].
         """
         table = self._connections
         flags = table.flags
@@ -138,6 +151,7 @@ class Inbox:
             return
         limit = room.party.message_bytes_max
         wants = room.party.wants_message
+        most = self._inbox_bytes_max if spill_over_bytes is None else spill_over_bytes
         spill: Reading | None = None
         deferred = False
         while position < end:
@@ -159,7 +173,7 @@ class Inbox:
                 reading.reader.check_header(header)
                 size = header.header_bytes + header.length
                 if position + size > end:
-                    if consumed + position + size - reading.start > self._inbox_bytes_max:
+                    if consumed + position + size - reading.start > most:
                         reading.frame_start = consumed + position
                         reading.frame_end = reading.frame_start + size
                         spill = reading
@@ -193,10 +207,13 @@ class Inbox:
                 ):
                     deferred = position < end
                     break
-            elif consumed + position - reading.start > self._inbox_bytes_max:
+            elif consumed + position - reading.start > most:
                 reading.frame_start, reading.frame_end = consumed + position, 0
                 spill = reading
                 break
+        if reading is not None and spill is None and consumed + position - reading.start > most:
+            reading.frame_start, reading.frame_end = consumed + position, 0
+            spill = reading
         self._note(slot, table, room, link, inflight, position, reading)
         if spill is not None:
             self._begin_spill(slot, spill, room, link)
@@ -204,6 +221,23 @@ class Inbox:
             flags[slot] |= DEFERRED
         elif flags[slot] & GONE:
             self.on_gone(slot)
+        else:
+            begun = position if reading is None else reading.start - consumed
+            if end - begun >= STALL_BYTES and slot not in self._unfinished:
+                self._unfinished.add(slot)
+                self.later(STALL_SECONDS, self._look_at_unfinished, slot, table.number[slot], consumed + end)
+
+    def _look_at_unfinished(self, slot: int, number: int, received: int) -> None:
+        """A message was unfinished a while ago, when the kernel had `received` the stream up to there."""
+        self._unfinished.discard(slot)
+        table = self._connections
+        if not table.holds(slot, number) or table.phase[slot] != OPEN:
+            return
+        sock = table.sockets[slot]
+        assert sock is not None
+        (unread,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.FIONREAD, bytes(4)))
+        stalled = table.consumed[slot] + unread == received
+        self.pump(slot, 0 if stalled else None)
 
     def _note(
         self,
