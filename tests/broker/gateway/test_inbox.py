@@ -1,13 +1,14 @@
 """The inbox on real TCP connections, with hosts that acknowledge when they like, and die when they like.
 
-What must hold after every step, and what at the end (S5, S14, S24): a connection's messages are handled in the
-order in which they were sent, none lost and none doubled; no byte of a message leaves the kernel, but for a
-spill file, before the message is acknowledged; and the counts of what is in flight are true.
+What must hold after every step, and what at the end (S5, S14, S24): a connection's messages are handled in
+the order in which they were sent, none lost and none doubled; no byte of a message leaves the kernel, but for
+a spill file, before the message is acknowledged; and the counts of what is in flight are true.
 """
 
 import socket
 import struct
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 from select import EPOLLIN, epoll
 from time import monotonic
@@ -19,7 +20,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from broker.gateway.connections import CLOSED, DEFERRED, ENDING, GONE, OPEN, Connections
+from broker.gateway.connections import CLOSED, ENDING, GONE, OPEN, Connections
 from broker.gateway.hub import ENDED, PARKED_EVENTS
 from broker.gateway.inbox import Inbox
 from broker.gateway.links import HostLink
@@ -109,7 +110,7 @@ class Rig:
 
     @property
     def host(self) -> FakeHost:
-        host = self.links.by_shard[0]
+        host: FakeHost | None = self.links.by_shard[0]
         assert host is not None
         return host
 
@@ -252,7 +253,7 @@ def messages(draw):
         cuts = list(range(0, size, max(size // 40, 1)))[1:]
     bounds = [0, *cuts, size]
     data = b""
-    for index, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (start, end) in enumerate(pairwise(bounds)):
         opcode = CONTINUATION if index else TEXT if text else BINARY
         data += encode_frame(opcode, payload[start:end], fin=end == size and index == len(cuts), mask=KEY)
         if index < len(cuts) and draw(st.integers(0, 4)) == 0:
@@ -383,7 +384,7 @@ InboxMachine.TestCase.settings = settings(
 
 
 def test_nothing_is_lost_doubled_or_reordered(tmp_path):
-    """S24 and the inbox's invariants: random frames, random acknowledgements, hosts that die at any moment."""
+    """S24 and the inbox's invariants: random frames and acknowledgements, hosts that die at any moment."""
     InboxMachine.folder = tmp_path
     InboxMachine.TestCase("runTest").runTest()
 
@@ -402,7 +403,7 @@ def fragments(count: int, size: int, *, last: bool = True) -> bytes:
 
 @pytest.mark.parametrize("total", [60_000, 66_000, 90_000, 97_000, 99_000, 200_000])
 def test_a_message_in_fragments_always_passes(rig, total):
-    """S24: one message always passes, also when its fragments alone are above the bound on what is in flight."""
+    """S24: one message always passes, also when its fragments are above the bound on what is in flight."""
     rig = rig(message_bytes_max=1 << 20)
     slot = rig.connect()
     data = fragments(total // 1000, 1000)
@@ -492,7 +493,7 @@ def test_control_frames_wait_for_nobody(rig):
 
 
 def test_what_comes_before_the_end_is_handled(rig):
-    """FIN and RST behind whole messages: these are handled, the part of a frame is dropped, then comes the end."""
+    """FIN and RST behind whole messages: these are handled, a part of a frame is not, then comes the end."""
     for reset in (False, True):
         each = rig(connection_inflight_bytes_max=1024)
         slot = each.connect()
