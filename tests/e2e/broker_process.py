@@ -6,7 +6,6 @@ outlives it. Peers: the fixtures of `conftest`, `raw_client`.
 """
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -237,10 +236,14 @@ class BrokerProcess:
         /proc/net/tcp, column rx_queue.
         """
         total = 0
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            _, local, remote, state, queues = line.split()[:5]
-            if state != "0A" and _port_of(local) == self.port and peer_port in (None, _port_of(remote)):
-                total += int(queues.partition(":")[2], 16)
+        here = f":{self.port:04X} "
+        there = "" if peer_port is None else f":{peer_port:04X} "
+        # The table is the whole machine's: lines are sorted out before they are taken apart.
+        for line in Path("/proc/net/tcp").read_text().splitlines():
+            if here in line and there in line:
+                _, local, remote, state, queues = line.split()[:5]
+                if f"{local} ".endswith(here) and f"{remote} ".endswith(there) and state != "0A":
+                    total += int(queues.partition(":")[2], 16)
         return total
 
     # --- Misfortunes
@@ -294,8 +297,3 @@ def _runs(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state not in "ZX"
-
-
-@functools.lru_cache(maxsize=4096)
-def _port_of(address: str) -> int:
-    return int(address.rpartition(":")[2], 16)
