@@ -77,6 +77,8 @@ class HostLink:
             # that is being carried out: acknowledge no more than what it knows.
             self._known = self.executed
         self.out.append(item)
+        if len(self.out) >= ITEMS_MAX:
+            self.flush()
 
     @property
     def is_full(self) -> bool:
