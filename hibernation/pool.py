@@ -207,8 +207,7 @@ class Pool:
         self.retiring = True
         self._ready.clear()
         for cell in self.cells.values():
-            if not cell.running:
-                cell.events.clear()
+            cell.events.clear()
 
     def forget(self) -> None:
         """The gateway has gone, and will deliver again what was not acknowledged: start from nothing."""
@@ -284,8 +283,9 @@ class Pool:
             return False  # noqa: ASYNC104
         for connection in cell.connections.values():
             connection._room = room
-        cell.failures = 0
         cell.started = not cell.kind.starts
+        if cell.started:
+            cell.failures = 0
         self.awake += 1
         self.wakes += 1
         recent = self._recent
@@ -318,6 +318,7 @@ class Pool:
             self._start_failed(cell, error)
             return False
         cell.started = True
+        cell.failures = 0
         self.turns.finish_start(cell, room, effects)
         return True
 
