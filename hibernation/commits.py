@@ -30,7 +30,8 @@ class Commits:
         shards: The open shards of this host, by index.
         shard_count: How many the instance has.
         writer: The thread for commits; None: commit on this thread, which `durability` "os" makes cheap
-            (S21). released: Given each batch whose results may leave.
+            (S21).
+        released: Given each batch whose results may leave.
     """
 
     def __init__(

@@ -12,7 +12,8 @@ Invariants:
     C1  `number[slot]` is never used twice; 0 means that the slot is free
     C2  `consumed[slot] <= parsed[slot]`: what lies between is dispatched or answered, and still in the kernel
     C3  bytes before `consumed[slot]` belong to turns that were acknowledged (or to control frames, or to a
-    spill file) C4  a slot that is FREE or CLOSED is in no room's list and in no index
+        spill file)
+    C4  a slot that is FREE or CLOSED is in no room's list and in no index
 """
 
 from array import array

@@ -5,8 +5,7 @@ The parts, in the order in which a message meets them:
 
     hub ─▶ doors ─▶ lifecycle ─▶ inbox ─▶ links ══ host ══▶ links ─▶ effects ─▶ outbox
              │                                                          │
-             └─▶ http ─▶ forward ─▶ links                               └─▶ registry (rows, tags, state), once
-             a tick
+             └─▶ http ─▶ forward ─▶ links                               └─▶ registry, once a tick
 """
 
 import gc

@@ -41,9 +41,10 @@ class Hub:
     """See the module.
 
     Args:
-        parked: Called with descriptor and events for each parked connection; returns False for a
-            descriptor that is none. end_of_tick: Called once after each pass. each_second: Called about once
-            a second with the hub's time.
+        parked: Called with descriptor and events for each parked connection; returns False for a descriptor
+            that is none.
+        end_of_tick: Called once after each pass.
+        each_second: Called about once a second with the hub's time.
     """
 
     def __init__(
@@ -60,7 +61,9 @@ class Hub:
         self._deadlines: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = count()
         self._clock_wanted = trio.Event()
+        #: When the present tick began, in seconds of the monotonic clock; and the same as a whole number.
         self.now = monotonic()
+        self.second = int(self.now)
         self.ticks = 0
 
     def park(self, descriptor: int) -> None:
@@ -102,7 +105,8 @@ class Hub:
                 self._tick()
 
     def _tick(self) -> None:
-        self.now = monotonic()
+        self.now = now = monotonic()
+        self.second = int(now)
         self.ticks += 1
         handlers, parked, poll = self._handlers, self._parked, self._epoll.poll
         for _ in range(POLLS_PER_TICK):
@@ -125,6 +129,7 @@ class Hub:
             with trio.move_on_after(1):
                 await self._clock_wanted.wait()
             self.now = now = monotonic()
+            self.second = int(now)
             deadlines = self._deadlines
             while deadlines and deadlines[0][0] <= now:
                 _, _, action, arguments = heapq.heappop(deadlines)

@@ -38,7 +38,16 @@ from broker.gateway.connections import (
     Connections,
 )
 from broker.gateway.frames import CLOSE as CLOSE_FRAME
-from broker.gateway.frames import Close, Message, MessageReader, Ping, Violation, frame_header, take_message
+from broker.gateway.frames import (
+    FRAGMENT_MAX,
+    Close,
+    Message,
+    MessageReader,
+    Ping,
+    Violation,
+    frame_header,
+    take_message,
+)
 from broker.gateway.links import HostLink, Links
 from broker.gateway.rooms import RoomRecord
 from broker.gateway.spill import SpillFile, Spills
@@ -50,6 +59,8 @@ PEEK_BYTES: Final = 512 * 1024
 #: Unfinished messages of so many bytes in the kernel are looked at again after so long.
 STALL_BYTES: Final = 4096
 STALL_SECONDS: Final = 0.1
+#: In a spill file beside the message: the headers of its fragments, and control frames between them.
+SPILL_EXTRA_BYTES_MAX: Final = 14 * FRAGMENT_MAX + 64 * 1024
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
 MESSAGE: Final = wire.MESSAGE
@@ -127,13 +138,14 @@ class Inbox:
         link = self._links.by_shard[room.shard]
         consumed = table.consumed[slot]
         position = table.parsed[slot] - consumed
-        inflight = max(table.last_end[slot] - consumed, 0)
+        last_end = table.last_end[slot]
+        inflight = last_end - consumed if last_end > consumed else 0
         if (
             link is None
             or inflight >= self._inflight_bytes_max
             or room.inflight_events >= room.events_max
             or room.inflight_bytes >= room.bytes_max
-            or link.is_full
+            or link.inflight_bytes >= link.bytes_max
         ):
             self._defer(slot, room, link)
             return
@@ -494,6 +506,8 @@ class Inbox:
                     reading.frame_end = reading.frame_start + header.header_bytes + header.length
                 limit = reading.frame_end or reading.frame_start
                 count = min(count, limit - consumed)
+                if file.size + count > room.party.message_bytes_max + SPILL_EXTRA_BYTES_MAX:
+                    raise Violation(1008, "too many control frames within one message")
                 file.append(memoryview(buffer)[:count])
                 self._spills.grew(count)
                 self._take(slot, sock, count)

@@ -15,7 +15,8 @@ Must not parse frames or look at effects. Peers: `doors` (who may come in), `inb
 Invariants:
     F1  a client that has read its 101 has a committed row
     F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
-    last message's F3  the socket is open as long as a turn of one of its messages may have to be run again
+        last message's
+    F3  the socket is open as long as a turn of one of its messages may have to be run again
 """
 
 import contextlib
@@ -137,10 +138,6 @@ class Lifecycle:
         inbox.on_violation = self.violated
         inbox.on_gone = self.gone
 
-    @property
-    def _now(self) -> int:
-        return int(self._hub.now)
-
     # --- Coming in --------------------------------------------------------------------------------
 
     def store(self, slot: int) -> None:
@@ -221,7 +218,7 @@ class Lifecycle:
             self.accepted += 1
             table.address[slot] = self.addresses.enter(newcomer.address)
             self._rooms.link(slot)
-            table.seen[slot] = self._now
+            table.seen[slot] = self._hub.second
             if room.party.wants_connect:
                 table.phase[slot] = CONNECTING
                 self._ask_connect(slot, room)
@@ -280,7 +277,7 @@ class Lifecycle:
     def ready(self, slot: int, events: int) -> None:
         """A parked connection's descriptor has something to say."""
         table = self._connections
-        if events & EPOLLOUT and self._sender.waiting_bytes(slot) and self._sender.writable(slot):
+        if events & EPOLLOUT and slot in self._sender.outboxes and self._sender.writable(slot):
             ending = self._endings.get(slot)
             if ending is not None and ending.answered and table.phase[slot] == ENDING:
                 self._finish_if_done(slot)
@@ -288,7 +285,7 @@ class Lifecycle:
         if not events & (EPOLLIN | ENDED | EPOLLPRI):
             return
         if events & EPOLLIN and not events & ENDED:  # its end is no sign of life
-            table.seen[slot] = self._now
+            table.seen[slot] = self._hub.second
             if table.flags[slot] & PINGED:
                 table.flags[slot] &= ~PINGED
                 if slot in self._probes:
@@ -632,7 +629,7 @@ class Lifecycle:
         (S15).
         """
         table = self._connections
-        now = self._now
+        now = self._hub.second
         phases, seen, flags = table.phase, table.seen, table.flags
         every = 5 if self._ping_interval >= 5 else 1
         self._sweep = (self._sweep + 1) % every
@@ -647,8 +644,9 @@ class Lifecycle:
                 flags[slot] |= PINGED
                 self._sender.send(slot, encode_ping())
             elif age >= dead:
-                if flags[slot] & DEFERRED and self._has_acknowledged(slot):
-                    continue  # its pong may be among what we do not read
+                unread = flags[slot] & DEFERRED or self._inbox.in_flight(slot)
+                if unread and self._has_acknowledged(slot):
+                    continue  # its pong may be among what we do not read, or behind a window that we keep shut
                 self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
 
     def _has_acknowledged(self, slot: int) -> bool:
@@ -705,7 +703,7 @@ class Lifecycle:
         """A row without a socket: its client was cut off when the gateway before this one died (S35)."""
         table = self._connections
         card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
-        slot = table.allocate(row.number, None, room, card, self._now)
+        slot = table.allocate(row.number, None, room, card, self._hub.second)
         table.phase[slot] = CLOSED
         if row.state is not None:
             self._inbox.states[slot] = row.state

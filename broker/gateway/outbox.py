@@ -48,7 +48,8 @@ class Sender:
     ) -> None:
         self._connections = connections
         self._on_fault = on_fault
-        self._outboxes: dict[int, Outbox] = {}
+        #: Of the few connections that have one, by slot.
+        self.outboxes: dict[int, Outbox] = {}
         self._total_bytes_max = settings.outbox_total_bytes_max
         self.total_bytes = 0
         self.sent = 0
@@ -56,7 +57,7 @@ class Sender:
 
     def send(self, slot: int, frame: bytes) -> None:
         """Send one frame, or keep it until the kernel has room."""
-        if self._outboxes and slot in self._outboxes:
+        if self.outboxes and slot in self.outboxes:
             self._keep(slot, frame)
             return
         sock = self._connections.sockets[slot]
@@ -69,7 +70,7 @@ class Sender:
             return
         self.sent += 1
         if count != len(frame):
-            outbox = self._outboxes[slot] = Outbox()
+            outbox = self.outboxes[slot] = Outbox()
             outbox.frames.append(frame)
             outbox.offset = count
             self._count(outbox, len(frame) - count)
@@ -78,7 +79,7 @@ class Sender:
     def send_to_many(self, slots: list[int], frame: bytes) -> None:
         """The same frame to many connections: the loop of a broadcast."""
         sockets = self._connections.sockets
-        outboxes = self._outboxes
+        outboxes = self.outboxes
         size = len(frame)
         for slot in slots:
             if slot in outboxes:
@@ -101,7 +102,7 @@ class Sender:
 
     def writable(self, slot: int) -> bool:
         """The kernel has room again: write on. True when nothing waits any more."""
-        outbox = self._outboxes.get(slot)
+        outbox = self.outboxes.get(slot)
         if outbox is None:
             return True
         shut = outbox.shut
@@ -123,21 +124,21 @@ class Sender:
             frames.popleft()
             outbox.offset = 0
         if not shut:
-            del self._outboxes[slot]
+            del self.outboxes[slot]
         return True
 
     def waiting_bytes(self, slot: int) -> int:
         """How much waits for this connection."""
-        outbox = self._outboxes.get(slot)
+        outbox = self.outboxes.get(slot)
         return 0 if outbox is None else outbox.bytes
 
     def silence(self, slot: int, last: bytes = b"") -> None:
         """Send nothing more to this connection but `last`, behind the frame that has begun; without `last` not
         even the rest of that.
         """
-        outbox = self._outboxes.get(slot)
+        outbox = self.outboxes.get(slot)
         if outbox is None:
-            outbox = self._outboxes[slot] = Outbox()
+            outbox = self.outboxes[slot] = Outbox()
         begun = outbox.frames.popleft() if last and outbox.offset else b""
         self.dropped += len(outbox.frames)
         outbox.frames.clear()
@@ -149,7 +150,7 @@ class Sender:
 
     def drop(self, slot: int) -> None:
         """Forget what waits: the connection has ended."""
-        outbox = self._outboxes.pop(slot, None)
+        outbox = self.outboxes.pop(slot, None)
         if outbox is not None:
             self.dropped += len(outbox.frames)
             self.total_bytes -= outbox.bytes
@@ -159,7 +160,7 @@ class Sender:
         self._on_fault(slot, BROKEN)
 
     def _keep(self, slot: int, frame: bytes) -> None:
-        outbox = self._outboxes[slot]
+        outbox = self.outboxes[slot]
         if outbox.shut:
             self.dropped += 1
             return
@@ -173,7 +174,7 @@ class Sender:
 
     def _bound(self, slot: int) -> None:
         """Apply the policy to an outbox that has grown (S25)."""
-        outbox = self._outboxes[slot]
+        outbox = self.outboxes[slot]
         room = self._connections.room[slot]
         assert room is not None
         settings = room.party.settings
@@ -184,7 +185,7 @@ class Sender:
                 return
             self._drop_some(outbox, settings.outbox_bytes_max, newest=settings.slow_consumer == "drop_newest")
         while self.total_bytes > self._total_bytes_max:
-            fullest = max(self._outboxes, key=lambda each: self._outboxes[each].bytes)
+            fullest = max(self.outboxes, key=lambda each: self.outboxes[each].bytes)
             self.silence(fullest)
             self._on_fault(fullest, SLOW)
 

@@ -56,7 +56,7 @@ class Rig:
 
     def true(self) -> None:
         """O3, and each outbox's own sum."""
-        outboxes = self.sender._outboxes.values()
+        outboxes = self.sender.outboxes.values()
         assert self.sender.total_bytes == sum(each.bytes for each in outboxes)
         for each in outboxes:
             assert each.bytes == sum(map(len, each.frames)) - each.offset
@@ -207,7 +207,7 @@ def test_a_broken_socket_is_told_and_silent(rig):
     assert rig.read_all(well) == numbered(1)
     rig.sender.drop(broken)
     rig.true()
-    assert not rig.sender._outboxes
+    assert not rig.sender.outboxes
 
 
 @given(
