@@ -1,15 +1,25 @@
 """The life of rooms: waking, turns, eviction, and the processes they run in.
 
-    errors         what users' code and the broker's processes raise
+What people write and set:
+    party, hooks   a `Server` class, checked and described
     settings       every setting in one table
-    configuration  what a process is told when it starts
-    party          a `Server` class, checked and described
-    link, wire     the numbered, acknowledged stream between a gateway and a host
-    room, turn     what room code sees, and one event handled by one room
-    requests       HTTP on the room's side
-    host           the process that runs room code; owns no socket, ever
+    errors         what users' code and the broker's processes raise
+
+Between the processes:
+    link, wire     the numbered, acknowledged stream between a gateway and a host, and its words
+
+The host, which runs room code and owns no socket of a client:
+    host           the process: link, shards, start and end
+    pool, cells    workers, ready rooms, waking and eviction; the records of all this
+    turns, room    what an event means to a room; what room code holds in its hands
+    exchanges, requests    HTTP on the room's side
+    commits        what is on disk before what leaves
+    suspension     turns that wait, without a task for each
     watchdog       names the handler that blocks the loop
-    supervisor     starts the gateway and the hosts, and starts them again
+
+All processes:
+    supervisor, children, processes, listener    start, restart, reload, stop
+    configuration, admin, logs, memory           what a process is told, asked, says and gives back
 
 Imports `storage`, never `broker`.
 """

@@ -101,28 +101,28 @@ class LimitExceeded(BrokerError):
 
 
 class ConnectionClosedError(BrokerError):
-    """`send` on a connection that this same turn has closed (S18).
+    """`send` on a connection that its room has closed, or that has ended: in this turn or before (S18).
 
     A connection that its client has left raises nothing: what is sent to it is dropped and counted.
     `connection` is its id.
     """
 
     def __init__(self, connection: str) -> None:
-        super().__init__(f"connection {connection!r} was closed earlier in this turn: send before you close")
+        super().__init__(f"connection {connection!r} has been closed: send before you close")
         self.connection = connection
 
 
 class RoomGone(BrokerError):
-    """A room, or a connection of it, was used after its object had left memory (S8).
+    """A room, or a connection of it, was used outside of the turn that it was given to (S8, S20).
 
-    Something outlived the turns of the room: a task of one's own, a global, a timer of another library.
-    `room` is "party/id".
+    Something outlived that turn: a task of one's own, a global, a timer of another library, the rest of a
+    streamed answer. `room` is "party/id".
     """
 
     def __init__(self, room: str) -> None:
         super().__init__(
-            f"room {room!r} is hibernating, and this is an object of its former life: "
-            "keep no `self`, `room` or `connection` beyond the turn that was given it"
+            f"room {room!r} is not in this turn any more: effects and writes belong into the hook that was "
+            "given `self` or `connection`, while it runs; keep neither for later"
         )
         self.room = room
 

@@ -182,16 +182,17 @@ class Host:
         self._pool.forget()
 
     async def _retire(self) -> None:
-        """Start no more turns, let those under way end within `drain`, and let their effects leave."""
+        """Start no more turns, let those under way end within `drain`, and let their effects leave. What has
+        not ended by then is cancelled with the process, and delivered again to the next one (S32).
+        """
         self._out_put([wire.RETIRE])
         self._pool.retire()
         self._flush()
         with trio.move_on_after(self.config.settings.drain):
             while self._pool.busy or self._exchanges.busy or not self._commits.idle:  # noqa: ASYNC110
                 await trio.sleep(RECONNECT_SECONDS)
-        self._pool.cancel_turns()
         with trio.move_on_after(LAST_WORDS_SECONDS):
-            while self._pool.busy or not self._commits.idle or self._has_words_left():
+            while not self._commits.idle or self._has_words_left():  # noqa: ASYNC110
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
 

@@ -196,12 +196,6 @@ class Pool:
         """Whether a turn is under way."""
         return any(worker.cell is not None for worker in self._workers)
 
-    def cancel_turns(self) -> None:
-        """Cancel every turn that is under way; each is then ended as one that failed."""
-        for worker in list(self._workers):
-            if worker.cell is not None:
-                worker.cancel()
-
     def retire(self) -> None:
         """Start no more turns; the events that have not begun are somebody else's."""
         self.retiring = True

@@ -10,6 +10,7 @@ event may still carry.
 """
 
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from contextvars import ContextVar
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 Message = Any
 
 _UNREAD: Final[Any] = object()
+
+#: The effects of the turn that the running task belongs to: what outlives a turn may not stage into the next
+#: one.
+_turn: ContextVar[list[Any] | None] = ContextVar("turn", default=None)
 
 
 class Backstage(Protocol):
@@ -139,7 +144,7 @@ class Connection:
     )
 
     #: Why the connection ended, in `on_close`: client_close, client_gone, ping_timeout, slow_consumer,
-    #: too_big, protocol_error, server_close, replaced, limit or gateway_lost. None while it is open.
+    #: too_big, protocol_error, server_close, replaced or gateway_lost. None while it is open.
     close_cause: str | None
 
     def __init__(self, room: "Room", slot: int, number: int, card: bytes, state: bytes | None) -> None:
@@ -248,9 +253,7 @@ class Connection:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
         room = self._room
-        effects = room._effects
-        if effects is None:
-            effects = room._staging()
+        effects = room._staging()
         if self._closed:
             raise ConnectionClosedError(self.id)
         if type(message) is str and message.isascii():
@@ -727,10 +730,11 @@ class Room:
         return connection
 
     def _staging(self) -> list[Any]:
-        """This turn's effects; RoomGone outside a turn."""
-        if self._effects is None:
+        """This turn's effects; RoomGone outside of it, also while another turn of the room is under way."""
+        effects = self._effects
+        if effects is None or _turn.get() is not effects:
             raise RoomGone(self.key)
-        return self._effects
+        return effects
 
     def _count(self, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
@@ -749,6 +753,7 @@ class Room:
         effects: list[Any] = []
         self._effects = effects
         self._bytes = 0
+        _turn.set(effects)
         return effects
 
     def _discard(self) -> None:

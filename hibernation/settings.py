@@ -398,11 +398,11 @@ class Settings:
         96 * KIB,
         KIB,
         4 * MIB,
-        "Bytes of a message above which it waits in the spill file, not in the kernel.",
+        "Bytes of a message above which it waits in a spill file, not in the kernel.",
         rules=("S24",),
     )
     spill_bytes_max: int = _bytes(
-        GIB, 32 * MIB, 1024 * GIB, "Bytes of the spill file of one gateway.", rules=("S24",)
+        GIB, 32 * MIB, 1024 * GIB, "Bytes of all spill files of a gateway.", rules=("S24",)
     )
     request_bytes_max: int = _bytes(
         MIB, 0, 32 * MIB, "Bytes of a request's body; a larger one is answered with 413.", rules=("S26",)

@@ -40,7 +40,7 @@ _limit_option = click.option(
 @_limit_option
 @json_option
 def rooms(data: Path, party: str | None, limit: int | None, as_json: bool) -> None:
-    """List the rooms that have connections or are awake."""
+    """List the rooms that have connections or events on their way."""
     with AdminClient(data) as client:
         _list(client.pages("rooms", "rooms", party=party), limit, as_json, "no room has a connection")
 

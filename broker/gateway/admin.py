@@ -196,7 +196,6 @@ class Admin:
                     "awake": facts.get("awake", False),
                     "wakes": facts.get("wakes", 0),
                     "woke_seconds_ago": facts.get("woke_seconds_ago"),
-                    "slept_seconds_ago": facts.get("slept_seconds_ago"),
                 }
             )
         return {"rooms": rows, "after": keys[-1] if len(keys) == limit and room is None else None}

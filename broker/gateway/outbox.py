@@ -133,8 +133,8 @@ class Sender:
         return 0 if outbox is None else outbox.bytes
 
     def silence(self, slot: int, last: bytes = b"") -> None:
-        """Send nothing more to this connection but `last`, behind the frame that has begun; without `last` not
-        even the rest of that.
+        """Send nothing more to this connection but `last`, behind the frame that has begun; without `last`
+        not even the rest of that.
         """
         outbox = self.outboxes.get(slot)
         if outbox is None:

@@ -725,26 +725,6 @@ def test_a_host_that_retires_begins_no_more_turns_and_ends_those_under_way():
     play(lambda: House(Main), script)
 
 
-def test_turns_that_take_too_long_at_the_end_are_cancelled_as_failed_ones():
-    """S32: after `drain`."""
-
-    class Main(Server):
-        async def on_message(self, message, sender):
-            sender.send("discarded")
-            await trio.sleep_forever()
-
-    async def script(house: House) -> None:
-        house.message("x")
-        await trio.sleep(1)
-        house.pool.retire()
-        house.pool.cancel_turns()
-        await trio.sleep(1)
-        assert not house.pool.busy
-        assert house.sent() == []
-
-    play(lambda: House(Main), script)
-
-
 def test_a_full_link_stops_turns_until_it_has_room():
     """S24, S25: what is produced has to leave first."""
 

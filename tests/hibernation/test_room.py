@@ -1,5 +1,6 @@
 """What room code holds in its hands: what a turn stages, what a failed one leaves, what storage shows."""
 
+import contextvars
 import enum
 from typing import Any
 
@@ -315,6 +316,20 @@ def test_effects_outside_of_a_turn_raise(stage):
     ):
         with pytest.raises(RoomGone):
             call()
+
+
+def test_what_outlives_a_turn_does_not_stage_into_the_next_one(stage):
+    """S20: a task of an earlier turn meets the room while another turn of it is under way."""
+    connection = stage.connect(1)
+    stage.begin()
+    earlier = contextvars.copy_context()
+    stage.end()
+    stage.begin()
+    with pytest.raises(RoomGone):
+        earlier.run(connection.send, "stray")
+    with pytest.raises(RoomGone):
+        earlier.run(stage.room.storage.put, "stray", 1)
+    assert stage.room._effects == []
 
 
 # --- What a turn may stage ------------------------------------------------------------------------
