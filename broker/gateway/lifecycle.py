@@ -643,10 +643,12 @@ class Lifecycle:
             if not flags[slot] & PINGED:
                 flags[slot] |= PINGED
                 self._sender.send(slot, encode_ping())
+            elif (flags[slot] & DEFERRED or self._inbox.in_flight(slot)) and self._has_acknowledged(slot):
+                # Its pong may be among what we do not read, or behind the window that we keep shut.
+                seen[slot] = now
+                if slot not in self._probes:
+                    flags[slot] &= ~PINGED
             elif age >= dead:
-                unread = flags[slot] & DEFERRED or self._inbox.in_flight(slot)
-                if unread and self._has_acknowledged(slot):
-                    continue  # its pong may be among what we do not read, or behind a window that we keep shut
                 self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
 
     def _has_acknowledged(self, slot: int) -> bool:
