@@ -20,8 +20,8 @@ from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.settings import Settings
 
-#: Read from a host at once, and given a peer that has not said yet who it is.
-READ_BYTES: Final = 512 * 1024
+#: Read from a host at once: below what malloc(3) maps and unmaps anew each time.
+READ_BYTES: Final = 64 * 1024
 #: Items of one link message. A burst of thousands goes in several: as bytes they cost a tenth of what they
 #: cost as objects, on both sides.
 ITEMS_MAX: Final = 64
