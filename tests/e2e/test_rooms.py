@@ -92,6 +92,8 @@ APP = """
     class Slow(Server):
         '''Starts slowly; tells in which order things happened.'''
 
+        idle_seconds = 100
+
         def __init__(self, room):
             self.events = ["init"]
 
