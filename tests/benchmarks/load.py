@@ -4,7 +4,7 @@ Owns the sockets and their handshakes. It is no WebSocket library: it sends read
 of a known length, and answers pings, so that one process can carry more than the broker is asked to.
 """
 
-import contextlib
+import errno
 import os
 import select
 import socket
@@ -108,8 +108,18 @@ class Load:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if index >= PER_ADDRESS:
             sock.bind((f"127.0.0.{1 + index // PER_ADDRESS}", 0))
-        with contextlib.suppress(BlockingIOError):
+        try:
             sock.connect(("127.0.0.1", self._port))
+        except BlockingIOError:
+            return sock
+        except OSError as error:
+            sock.close()
+            if error.errno == errno.EADDRNOTAVAIL:
+                # Not waited for here: it would count as the server's time.
+                raise RuntimeError(
+                    "another load holds the ports (TIME_WAIT): try again in a minute"
+                ) from error
+            raise
         return sock
 
     def _other(self, descriptor: int) -> bytes:
