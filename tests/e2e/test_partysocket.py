@@ -239,8 +239,10 @@ def test_text_and_binary_of_every_size(driver: Driver) -> None:
     sent: list[str | bytes] = ["", b"", "x", b"x"]
     for size in (125, 126, 65_535, 65_536, 100_000, 1_048_576):
         sent += ["ü" * (size // 2), os.urandom(size)]
-    socket.send(*sent)
-    assert socket.messages(1 + len(sent))[1:] == sent
+    for message in sent:  # one at a time: together their echoes are more than may wait for a client (S25)
+        before = len(socket.events("message"))
+        socket.send(message)
+        assert socket.messages(before + 1)[-1] == message
 
 
 def test_a_broadcast_reaches_everybody(driver: Driver) -> None:
@@ -263,7 +265,7 @@ def test_close_by_the_client(app: BrokerProcess, driver: Driver) -> None:
     assert len(socket.events("open")) == 1
 
 
-@pytest.mark.parametrize("code", [1001, 1011, 1013, 3000, 4000])
+@pytest.mark.parametrize("code", [1000, 1001, 1011, 1013, 3000, 4000])
 def test_reconnect_after_a_close_of_the_server(app: BrokerProcess, driver: Driver, code: int) -> None:
     """The client comes back under its id; what it sends meanwhile arrives."""
     socket = driver.open(room=f"closing-{code}", id="ann")
@@ -276,18 +278,6 @@ def test_reconnect_after_a_close_of_the_server(app: BrokerProcess, driver: Drive
     assert socket.messages(3)[2] == "still me"
     closes = json.loads(driver.fetch(room=f"closing-{code}", path="closes")["text"])
     assert closes == [["ann", code, "server_close"]]
-
-
-def test_a_normal_close_of_the_server_is_final(driver: Driver) -> None:
-    """partysocket takes 1000 for an end that is meant."""
-    socket = driver.open(room="final")
-    hello(socket)
-    socket.send("close 1000")
-    [closed] = socket.wait_for("close", 1)
-    assert closed["code"] == 1000
-    other = driver.open(room="final")
-    hello(other)
-    assert len(socket.events("open")) == 1
 
 
 def test_reconnect_by_the_client(app: BrokerProcess, driver: Driver) -> None:

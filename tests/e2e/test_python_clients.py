@@ -15,7 +15,7 @@ from websockets.sync.client import connect as connect_websockets
 
 from tests.e2e.broker_process import DEADLINE_SECONDS, BrokerProcess, eventually
 from tests.e2e.conftest import BrokerFactory
-from tests.e2e.raw_client import BINARY, CLOSE, PING, PONG, encode_frame
+from tests.e2e.raw_client import BINARY, CLOSE, PING, PONG, RawClient, encode_frame
 
 APP = """
 import json
@@ -170,16 +170,23 @@ def test_websockets_pings_between_fragments(app: BrokerProcess) -> None:
 
 def test_control_frames_without_end_within_a_message(app: BrokerProcess) -> None:
     """S40: what is kept of an unfinished message is bounded, also where it is not the message that grows."""
-    with app.connect("/party/fragments") as client:
-        client.send_frame(BINARY, bytes(200_000), fin=False)
+
+    def flood(client: RawClient) -> None:
         ping = encode_frame(PING, bytes(125))
         with contextlib.suppress(OSError):
             for _ in range(100):
                 client.send_bytes(ping * 1000)
+
+    with app.connect("/party/fragments") as client, ThreadPoolExecutor(1) as pool:
+        client.send_frame(BINARY, bytes(200_000), fin=False)
+        flooding = pool.submit(flood, client)
         opcode, payload = client.receive_frame()
         while opcode == PONG:
             opcode, payload = client.receive_frame()
         assert (opcode, payload[:2]) == (CLOSE, (1008).to_bytes(2, "big"))
+        assert client.at_eof()
+        client.reset()
+        flooding.result(DEADLINE_SECONDS)
     eventually(lambda: not list((app.data / "spill").iterdir()), "no spill file")
 
 
