@@ -230,7 +230,12 @@ async def _chunks(body: ResponseBody) -> AsyncGenerator[bytes, None]:
     items = await body.__aenter__()
     try:
         async for item in items:
-            yield item.encode() if isinstance(item, str) else bytes(item)
+            if isinstance(item, str):
+                yield item.encode()
+            elif isinstance(item, bytes | bytearray | memoryview):
+                yield bytes(item)
+            else:
+                raise TypeError(f"an answer's piece is text or bytes, not {type(item).__name__}")
     finally:
         with trio.move_on_after(1, shield=True):
             await body.__aexit__(None, None, None)  # type: ignore[arg-type]
