@@ -276,7 +276,8 @@ class Exchanges:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             self._turns.log_failure("streaming a response failed", cell, error)
         finally:
-            await self._end_body(cell, body)
+            with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
+                await self._end_body(cell, body)
             self._credits.pop(number, None)
             self._doing.pop(number, None)
             self._put([wire.FINISH, number, whole])
@@ -288,13 +289,12 @@ class Exchanges:
         """Let the room's code clean up behind its stream."""
         if not hasattr(body, "aclose"):
             return
-        with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
-            try:
-                await body.aclose()
-            except trio.Cancelled:
-                raise
-            except BaseException as error:  # noqa: BLE001 - room code may raise anything
-                self._turns.log_failure("ending a streamed response failed", cell, error)
+        try:
+            await body.aclose()
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            self._turns.log_failure("ending a streamed response failed", cell, error)
 
 
 _TEXT: Final = [("content-type", "text/plain; charset=utf-8")]

@@ -272,9 +272,9 @@ class Pool:
         cell.room = room
         try:
             cell.server = cell.kind.cls(room)
-        except BaseException as error:  # noqa: BLE001, ASYNC103 - room code may raise anything; nothing is awaited
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything; nothing is awaited
             self._start_failed(cell, error)
-            return False  # noqa: ASYNC104
+            return False
         for connection in cell.connections.values():
             connection._room = room
         cell.started = not cell.kind.starts

@@ -23,11 +23,11 @@ def carry_on(running: Coroutine[Any, Any, Any], trap: Any) -> Generator[Any, Any
         except GeneratorExit:
             running.close()
             raise
-        except BaseException as error:  # noqa: BLE001, ASYNC103 - passed on to where it belongs
+        except BaseException as error:  # noqa: BLE001 - passed on to where it belongs
             try:
                 trap = running.throw(error)
             except StopIteration as stop:
-                return stop.value  # noqa: ASYNC104
+                return stop.value
         else:
             try:
                 trap = running.send(sent)

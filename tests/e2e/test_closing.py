@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.e2e.broker_process import eventually
-from tests.e2e.raw_client import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, RawClient, encode_frame
+from tests.e2e.raw_client import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, encode_frame
 
 pytestmark = pytest.mark.e2e
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import sqlite3
 import time
+from typing import Any
 
 import pytest
 
@@ -783,7 +784,13 @@ def test_filters(instance, room):
         query = "&".join([f"_pk={number}", *[f"tag={tag}" for tag in each]])
         clients.append(instance.connect(f"/party/{room}?{query}"))
     asker = clients[0]
-    filters = [{}, {"tag": "a"}, {"all_of": ["a", "b"]}, {"any_of": ["a", "c"]}, {"none_of": ["a"]}]
+    filters: list[dict[str, Any]] = [
+        {},
+        {"tag": "a"},
+        {"all_of": ["a", "b"]},
+        {"any_of": ["a", "c"]},
+        {"none_of": ["a"]},
+    ]
     filters += [{"tag": "a", "none_of": ["b"]}, {"all_of": ["a"], "any_of": ["b", "c"], "none_of": ["c"]}]
     filters += [{"any_of": []}, {"tag": "x"}, {"none_of": ["x"]}, {"all_of": "c"}]
     for criteria in filters:
