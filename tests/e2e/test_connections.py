@@ -363,7 +363,7 @@ def ask(client: RawClient, do: str, **command):
     """Have a command carried out by a Main room; broadcasts that come before the answer are passed over."""
     client.send(json.dumps({"do": do, **command}))
     while True:
-        message = json.loads(client.receive().replace("broadcast", '{"broadcast": 1}'))
+        message = json.loads(str(client.receive()).replace("broadcast", '{"broadcast": 1}'))
         if "result" in message:
             return message["result"]
 
@@ -486,7 +486,7 @@ def registered(instance, room: str) -> int:
     database = sqlite3.connect(f"file:{instance.broker.data / 'registry.db'}?mode=ro", uri=True)
     try:
         [(count,)] = database.execute("select count(*) from connections where room = ?", (room,))
-        return count
+        return int(count)
     finally:
         database.close()
 
