@@ -43,6 +43,7 @@ DEFERRED: Final = (
 READER: Final = 2  # a reader of fragments or a spill file exists: no fast path
 PINGED: Final = 4  # a ping is out and nothing has come since
 GONE: Final = 8  # the peer has ended its side: an end follows what is still unread
+PARTIAL: Final = 16  # a part of a frame or message is left in the kernel behind what was dispatched
 
 #: No neighbour in the room's list, no connection of this descriptor.
 NONE: Final = 0xFFFFFFFF

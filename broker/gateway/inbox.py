@@ -34,6 +34,7 @@ from broker.gateway.connections import (
     DEFERRED,
     GONE,
     OPEN,
+    PARTIAL,
     READER,
     Connections,
 )
@@ -58,6 +59,11 @@ from hibernation.settings import Settings
 PEEK_BYTES: Final = 512 * 1024
 #: Unfinished messages of so many bytes in the kernel are looked at again after so long.
 STALL_BYTES: Final = 4096
+#: Most that a client's frame has in front of its payload (RFC 6455, section 5.2).
+HEADER_BYTES_MAX: Final = 14
+#: sock_diag(7): the memory that a socket's queue occupies, and its bound, are the first two numbers. The
+#: kernel frees whole pieces of its queue only: a few bytes may keep one of 200 KiB, which shuts the window.
+SO_MEMINFO: Final = 55
 STALL_SECONDS: Final = 0.1
 #: In a spill file beside the message: the headers of its fragments, and control frames between them.
 SPILL_EXTRA_BYTES_MAX: Final = 14 * FRAGMENT_MAX + 64 * 1024
@@ -233,11 +239,38 @@ class Inbox:
             flags[slot] |= DEFERRED
         elif flags[slot] & GONE:
             self.on_gone(slot)
-        else:
-            begun = position if reading is None else reading.start - consumed
-            if end - begun >= STALL_BYTES and slot not in self._unfinished:
-                self._unfinished.add(slot)
-                self.later(STALL_SECONDS, self._look_at_unfinished, slot, table.number[slot], consumed + end)
+        elif position < end or reading is not None:
+            self._leave(slot, reading, room, link, consumed + end)
+
+    def _leave(
+        self, slot: int, reading: Reading | None, room: RoomRecord, link: HostLink, received: int
+    ) -> None:
+        """The stream ends, for now, at offset `received` in the middle of a frame or message. See to it that
+        the rest can come.
+        """
+        table = self._connections
+        parsed = table.parsed[slot]
+        if table.last_end[slot] > table.consumed[slot]:
+            table.flags[slot] |= PARTIAL  # when that is acknowledged
+            return
+        if self._is_clogged(slot):
+            if reading is None:
+                reading = self._readings[slot] = Reading(parsed, room.party.message_bytes_max)
+                table.flags[slot] |= READER
+            reading.frame_start, reading.frame_end = parsed, 0
+            self._begin_spill(slot, reading, room, link)
+            return
+        begun = parsed if reading is None else reading.start
+        if received - begun >= STALL_BYTES and slot not in self._unfinished:
+            self._unfinished.add(slot)
+            self.later(STALL_SECONDS, self._look_at_unfinished, slot, table.number[slot], received)
+
+    def _is_clogged(self, slot: int) -> bool:
+        """Whether what is in the kernel takes so much memory that little or nothing may follow it."""
+        sock = self._connections.sockets[slot]
+        assert sock is not None
+        held, most = struct.unpack("2I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 8))
+        return bool(2 * held > most)
 
     def _look_at_unfinished(self, slot: int, number: int, received: int) -> None:
         """A message was unfinished a while ago, when the kernel had `received` the stream up to there."""
@@ -327,6 +360,8 @@ class Inbox:
         flags = table.flags
         if end >= table.last_end[slot]:
             target = table.parsed[slot]
+            if flags[slot] & PARTIAL:
+                flags[slot] = flags[slot] & ~PARTIAL | DEFERRED
             if flags[slot] & READER:
                 reading = self._readings[slot]
                 if reading.complete:
@@ -426,6 +461,8 @@ class Inbox:
         reading = self._readings.get(slot) if table.flags[slot] & READER else None
         if reading is not None and reading.file is not None and not reading.complete:
             # Half a message is in its file: go on behind the frame that was being moved.
+            if not reading.frame_end and table.consumed[slot] > reading.frame_start:
+                return False, True  # half a header is: what comes next cannot be told
             table.parsed[slot] = max(table.parsed[slot], reading.frame_end or reading.frame_start)
             self._drop_reading(slot)
         while True:
@@ -483,7 +520,6 @@ class Inbox:
             else:
                 self._deliver_spilled(slot, reading, room, link)
             return
-        limit = reading.frame_end
         while True:
             try:
                 count = sock.recv_into(buffer, PEEK_BYTES, MSG_PEEK)
@@ -496,15 +532,15 @@ class Inbox:
                 return
             consumed = table.consumed[slot]
             try:
-                if not reading.frame_end and consumed >= reading.frame_start:
-                    header = frame_header(buffer, 0, count)
-                    if header is None:
-                        if table.flags[slot] & GONE:
-                            self.on_gone(slot)
-                        return
-                    reading.reader.check_header(header)
-                    reading.frame_end = reading.frame_start + header.header_bytes + header.length
                 limit = reading.frame_end or reading.frame_start
+                if not reading.frame_end and consumed >= limit:
+                    head = file.read(limit, consumed) + bytes(buffer[: min(count, HEADER_BYTES_MAX)])
+                    header = frame_header(head, 0, len(head))
+                    if header is None:
+                        limit = consumed + count  # the rest of the header is to come
+                    else:
+                        reading.reader.check_header(header)
+                        reading.frame_end = limit = limit + header.header_bytes + header.length
                 count = min(count, limit - consumed)
                 if file.size + count > room.party.message_bytes_max + SPILL_EXTRA_BYTES_MAX:
                     raise Violation(1008, "too many control frames within one message")
@@ -540,15 +576,29 @@ class Inbox:
                 if room.party.wants_message:
                     self._dispatch_spilled(slot, reading, room, link, event.data)
                 else:
-                    self._drop_reading(slot)
-                    self.pump(slot)
+                    self._leave_file(slot)
                 return True
             if type(event) is Ping:
                 self.on_ping(slot, event.payload)
             elif type(event) is Close:
                 self.on_close_frame(slot, event.code, event.reason)
                 return True
+        if reading.reader.idle:
+            self._leave_file(slot)  # it was a control frame, and no message has begun
+            return True
         return False
+
+    def _leave_file(self, slot: int) -> None:
+        """What is in the file is done with, and nobody acknowledges it: go on in the kernel, in a later round
+        so that one client does not take them all.
+        """
+        self._drop_reading(slot)
+        self._connections.flags[slot] |= DEFERRED
+        self.later(0.0, self._resume_numbered, slot, self._connections.number[slot])
+
+    def _resume_numbered(self, slot: int, number: int) -> None:
+        if self._connections.holds(slot, number):
+            self._resume(slot)
 
     def _dispatch_spilled(
         self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, data: str | bytes
@@ -558,8 +608,6 @@ class Inbox:
         table.flags[slot] |= DEFERRED
         size = table.consumed[slot] - reading.start
         reading.dispatched_bytes = size
-        # What follows has caused its event already: it is looked at when this message is acknowledged.
-        self._connections.flags[slot] |= DEFERRED
         room.inflight_bytes += size
         link.inflight_bytes += size
         self._dispatch(slot, room, link, reading.frames[-1][1], data)

@@ -69,6 +69,8 @@ class Rig:
         self.closes: list[tuple[int, int, str]] = []
         self.violations: list[tuple[int, int]] = []
         self.gone: list[int] = []
+        self.due: list[tuple[Any, ...]] = []
+        self.inbox.later = lambda _, action, *arguments: self.due.append((action, *arguments))
         self.inbox.on_ping = lambda slot, payload: self.pings.append((slot, payload))
         self.inbox.on_close_frame = self._close
         self.inbox.on_violation = self._violation
@@ -143,6 +145,9 @@ class Rig:
 
     def poll(self, seconds: float = 0.0) -> bool:
         """What the hub does with what epoll says."""
+        due, self.due = self.due, []
+        for action, *arguments in due:
+            action(*arguments)
         happened = self.epoll.poll(seconds)
         for descriptor, events in happened:
             slot = self.table.by_descriptor(descriptor)
@@ -150,7 +155,7 @@ class Rig:
                 self.table.flags[slot] |= GONE
             if events & (EPOLLIN | ENDED):
                 self.inbox.pump(slot)
-        return bool(happened)
+        return bool(happened or due)
 
     def host_comes(self) -> None:
         assert self.links.by_shard[0] is None
@@ -268,6 +273,7 @@ class InboxMachine(RuleBasedStateMachine):
 
     folder: Path
     count = 0
+    clogged = False
 
     @initialize()
     def start(self):
@@ -280,6 +286,8 @@ class InboxMachine(RuleBasedStateMachine):
             link_inflight_bytes_max=64 * 1024,
             inbox_bytes_max=8192,
         )
+        if self.clogged:
+            self.rig.inbox._is_clogged = lambda slot: True  # type: ignore[method-assign]
         self.sent: list[list[str | bytes]] = []
         self.starts: list[list[int]] = []
         self.written: list[int] = []
@@ -369,6 +377,8 @@ class InboxMachine(RuleBasedStateMachine):
                 rig.handle(1000)
                 self.nothing_leaves_before_its_acknowledgement()
         rig.settle()
+        while rig.handled != self.sent and monotonic() < deadline:
+            rig.settle()
         for slot in range(3):
             assert rig.handled[slot] == self.sent[slot]
             assert rig.unread(slot) == 0
@@ -387,6 +397,39 @@ def test_nothing_is_lost_doubled_or_reordered(tmp_path):
     """S24 and the inbox's invariants: random frames and acknowledgements, hosts that die at any moment."""
     InboxMachine.folder = tmp_path
     InboxMachine.TestCase("runTest").runTest()
+
+
+class CloggedMachine(InboxMachine):
+    """The same where every part of a frame that is left has to go to a spill file, wherever it is cut."""
+
+    clogged = True
+
+
+CloggedMachine.TestCase.settings = InboxMachine.TestCase.settings
+
+
+def test_nothing_is_lost_where_every_part_is_spilled(tmp_path):
+    """S24: the same from files."""
+    CloggedMachine.folder = tmp_path
+    CloggedMachine.TestCase("runTest").runTest()
+
+
+def test_a_part_of_a_frame_does_not_shut_the_window(rig):
+    """The kernel keeps the whole piece of its queue in which it lies, 200 KiB perhaps: it is moved out."""
+    rig = rig()
+    slot = rig.connect()
+    left = encode_frame(PING, b"x" * 125, mask=KEY) * 20_000
+    whole = len(left) // len(encode_frame(PING, b"x" * 125, mask=KEY))
+    deadline = monotonic() + 10
+    while left:
+        assert monotonic() < deadline, f"stuck after {len(rig.pings)} of {whole}"
+        while sent := rig.send(slot, left):  # until the queue is full
+            left = left[sent:]
+        rig.poll(0.01)
+    while rig.poll(0.05):
+        pass
+    assert len(rig.pings) == whole
+    assert rig.inbox._spills.bytes == 0
 
 
 # --- Bounds -----------------------------------------------------------------------------------------------
