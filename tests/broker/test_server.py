@@ -161,7 +161,7 @@ def test_refuse_takes_no_other(status):
             "a connection: 65 tags, and at most 64 are allowed",
         ),
         (broker.ConnectionClosedError("alice"), {"connection": "alice"}, "send before you close"),
-        (broker.RoomGone("chat/lobby"), {"room": "chat/lobby"}, "'chat/lobby' is hibernating"),
+        (broker.RoomGone("chat/lobby"), {"room": "chat/lobby"}, "'chat/lobby' is not in this turn any more"),
         (
             broker.TurnTimeout("on_start", 30.0, "start_timeout"),
             {"hook": "on_start", "seconds": 30.0, "setting": "start_timeout"},
