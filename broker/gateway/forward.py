@@ -9,7 +9,7 @@ next one.
 """
 
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from typing import Any, Final
 
 import trio
@@ -39,6 +39,57 @@ class Pending:
         self.refused: RequestRefused | None = None
         self.chunks: trio.MemorySendChannel[bytes] | None = None
         self.whole = False
+
+
+class Pieces:
+    """The body of a streamed answer: an iterator that must be closed.
+
+    No generator: closing one that was never asked for a piece, as for HEAD, does nothing.
+
+    Args:
+        pending: Of which request.
+        receive: Where the pieces come from.
+        taken: Called when a piece has been sent on.
+        left: Called when no more is wanted.
+    """
+
+    def __init__(
+        self,
+        pending: Pending,
+        receive: trio.MemoryReceiveChannel[bytes],
+        *,
+        taken: Callable[[], None],
+        left: Callable[[], None],
+    ) -> None:
+        self._pending = pending
+        self._receive = receive
+        self._taken = taken
+        self._left = left
+        self._begun = False
+
+    def __aiter__(self) -> "Pieces":
+        return self
+
+    async def __anext__(self) -> bytes:
+        """Give the next piece.
+
+        Raises:
+            RuntimeError: The answer has broken off.
+        """
+        if self._begun:
+            self._taken()
+        self._begun = True
+        try:
+            return await self._receive.receive()
+        except trio.EndOfChannel:
+            if not self._pending.whole:
+                raise RuntimeError("the room's code, or its host, ended before the answer did") from None
+            raise StopAsyncIteration from None
+
+    async def aclose(self) -> None:
+        """Say that no more is wanted."""
+        self._receive.close()
+        self._left()
 
 
 class Forward:
@@ -136,7 +187,16 @@ class Forward:
                 math.inf
             )  # bounded by the credit that the host has
             pending.chunks = send
-            pending.reply = HttpReply(status, pairs, self._stream(number, pending, receive))
+            pending.reply = HttpReply(
+                status,
+                pairs,
+                Pieces(
+                    pending,
+                    receive,
+                    taken=lambda: self._taken(number, pending),
+                    left=lambda: self._left(number, pending),
+                ),
+            )
         else:
             del self._pending[number]
             pending.reply = HttpReply(status, pairs, body)
@@ -155,22 +215,17 @@ class Forward:
             pending.whole = whole
             pending.chunks.close()
 
-    async def _stream(
-        self, number: int, pending: Pending, receive: trio.MemoryReceiveChannel[bytes]
-    ) -> AsyncGenerator[bytes, None]:
-        try:
-            async for data in receive:
-                yield data
-                if pending.host is not None:
-                    pending.host.put([wire.CREDIT, number, 1])
-                    self._flush()
-            if not pending.whole:
-                raise RuntimeError("the room's code, or its host, ended before the answer did")
-        finally:
-            receive.close()
-            if self._pending.pop(number, None) is not None and pending.host is not None:
-                pending.host.put([wire.CANCEL, number])
-                self._flush()
+    def _taken(self, number: int, pending: Pending) -> None:
+        """The client has taken a piece of a streamed answer: its host may send one more."""
+        if pending.host is not None:
+            pending.host.put([wire.CREDIT, number, 1])
+            self._flush()
+
+    def _left(self, number: int, pending: Pending) -> None:
+        """A streamed answer is wanted no more: if its host has not ended it, it may."""
+        if self._pending.pop(number, None) is not None and pending.host is not None:
+            pending.host.put([wire.CANCEL, number])
+            self._flush()
 
     # --- Hosts come and go ------------------------------------------------------------------------
 
