@@ -42,7 +42,8 @@ _limit_option = click.option(
 def rooms(data: Path, party: str | None, limit: int | None, as_json: bool) -> None:
     """List the rooms that have connections or events on their way."""
     with AdminClient(data) as client:
-        _list(client.pages("rooms", "rooms", party=party), limit, as_json, "no room has a connection")
+        nothing = "no such room has a connection" if party else "no room has a connection"
+        _list(client.pages("rooms", "rooms", party=party), limit, as_json, nothing)
 
 
 @click.command()
@@ -65,7 +66,8 @@ def connections(
     """List the open connections, in the order in which they were accepted."""
     with AdminClient(data) as client:
         rows = client.pages("connections", "connections", party=party, room=room, tag=tag, id=id_)
-        _list(rows, limit, as_json, "no such connection")
+        filtered = any(wanted is not None for wanted in (party, room, tag, id_))
+        _list(rows, limit, as_json, "no such connection" if filtered else "no connection is open")
 
 
 @click.command()

@@ -67,13 +67,15 @@ def demo(port: int, **given: Any) -> None:
     """Run a chat to look at. Its data is removed when it stops."""
     settings = Settings.from_sources(split_settings(given), os.environ)
     folder = Path(tempfile.mkdtemp(prefix="broker-demo-"))
+    # `make demo` activates no environment: there the command has to be named by its path.
+    command = "broker" if shutil.which("broker") or Path(sys.argv[0]).name != "broker" else sys.argv[0]
 
     def welcome(url: str) -> None:
         click.echo(f"\n  A chat runs at  {click.style(url + '/', bold=True)}")
         click.echo("  Open it in two tabs, write something, and watch the room fall asleep between messages.")
         click.echo(f"  Its code is     {DEMO_APP}")
         click.echo("                  Save a change of it while you chat: nobody is dropped.")
-        click.echo(f"  Look inside     broker rooms --data {folder}")
+        click.echo(f"  Look inside     {command} rooms --data {folder}")
         click.echo("  Ctrl-C stops it.\n")
 
     try:
