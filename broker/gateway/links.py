@@ -24,7 +24,7 @@ from hibernation.settings import Settings
 READ_BYTES: Final = 64 * 1024
 #: Items of one link message. A burst of thousands goes in several: as bytes they cost a tenth of what they
 #: cost as objects, on both sides.
-ITEMS_MAX: Final = 64
+ITEMS_MAX: Final = 128
 GREETING_BYTES_MAX: Final = 1024 * 1024
 
 log = get_logger("links")
