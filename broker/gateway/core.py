@@ -203,7 +203,7 @@ class Gateway:
             self.parties = read_parties(descriptions, self.config.settings)
             self.doors.parties = self.forward.parties = self.parties
             for room in self.rooms.by_key.values():
-                room.party = self.parties.get(room.party.name, room.party)
+                room.party = self.parties.get(room.party.name) or room.party.without_hooks()
         self._admit_survivors()
         self.lifecycle.host_came(host)
         self.doors.host_came(host)

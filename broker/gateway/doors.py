@@ -256,7 +256,7 @@ class Doors:
         if room is None:
             shard = wire.partition_of(key) % self._links.shard_count
             room = self._rooms.by_key[key] = RoomRecord(key, party, shard)
-        elif room.count >= settings.room_connections_max:
+        elif room.count + room.arriving >= settings.room_connections_max:
             raise HeadError(503, "too many connections in this room", (RETRY_AFTER,))
         self._admit(sock, address, counted, head, upgrade, route, room, given, client, scheme)
 
@@ -363,7 +363,14 @@ class Doors:
             room = table.room[slot] if table.holds(slot, connection) else None
             if room is None:
                 del self._asked[number]
-            elif room.shard in host.shards:
+            elif room.shard not in host.shards:
+                continue
+            elif room.party.name not in self.parties:
+                self.answered(number, 404, [], b"unknown party\n")
+            elif not room.party.wants_before_connect:
+                del self._asked[number]
+                self._lifecycle.store(slot)
+            else:
                 host.put([wire.BEFORE, room.key, number, self._lifecycle.newcomer(slot).request])
 
     def answered(self, number: int, status: int, headers: list[tuple[str, str]], body: bytes) -> None:

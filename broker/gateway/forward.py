@@ -248,8 +248,16 @@ class Forward:
 
     def host_came(self, host: HostLink) -> None:
         """Ask what waited for a host."""
-        for pending in self._pending.values():
+        for number, pending in list(self._pending.items()):
             if pending.host is None and pending.shard in host.shards and pending.reply is None:
+                kind, name = pending.item[0], pending.item[3]["party"]
+                party = self.parties.get(name)
+                if party is None or not (party.wants_fetch if kind == wire.FETCH else party.wants_request):
+                    # The code before this one had the hook.
+                    del self._pending[number]
+                    pending.refused = RequestRefused(404, "not found")
+                    pending.answered.set()
+                    continue
                 pending.host = host
                 host.put(pending.item)
 

@@ -156,6 +156,11 @@ class Lifecycle:
     def introduce(self, slot: int, newcomer: Newcomer) -> None:
         """A slot has been allocated for an upgrade that is not yet decided."""
         self._newcomers[slot] = newcomer
+        table = self._connections
+        table.address[slot] = self.addresses.enter(newcomer.address)
+        room = table.room[slot]
+        assert room is not None
+        room.arriving += 1
 
     def newcomer(self, slot: int) -> Newcomer:
         """What is known of a connection in phase ADMITTING."""
@@ -180,6 +185,8 @@ class Lifecycle:
         assert room is not None
         assert sock is not None
         self._newcomers.pop(slot, None)
+        self.addresses.leave(table.address[slot])
+        room.arriving -= 1
         table.unindex(slot)
         table.unwatch(sock.fileno())
         table.release(slot)
@@ -216,7 +223,7 @@ class Lifecycle:
                 sock.close()
                 continue
             self.accepted += 1
-            table.address[slot] = self.addresses.enter(newcomer.address)
+            room.arriving -= 1
             self._rooms.link(slot)
             table.seen[slot] = self._hub.second
             if room.party.wants_connect:
@@ -254,6 +261,11 @@ class Lifecycle:
         room.inflight_events -= 1
         if room.waiting:
             self._inbox.resume_waiting(room)
+        self._introduced(slot, failed=failed)
+
+    def _introduced(self, slot: int, *, failed: bool) -> None:
+        """There is no connect turn any more to wait for."""
+        table = self._connections
         self._newcomers.pop(slot, None)
         phase = table.phase[slot]
         if phase == CONNECTING:
@@ -615,12 +627,18 @@ class Lifecycle:
                 continue
             phase = table.phase[slot]
             if phase == CONNECTING or (slot in self._newcomers and phase in (ENDING, CLOSING)):
-                self._ask_connect(slot, room)
+                if room.party.wants_connect:
+                    self._ask_connect(slot, room)
+                else:  # the code before this one had the hook
+                    self._introduced(slot, failed=False)
             elif phase == OPEN:
                 self._inbox.look_again(slot)
                 self._end_again(slot)
             elif phase == CLOSED:
-                self._ask_close(slot, room, self._endings[slot])
+                if room.party.wants_close:
+                    self._ask_close(slot, room, self._endings[slot])
+                else:
+                    self.closed(slot, table.number[slot])
 
     # --- Liveness ---------------------------------------------------------------------------------
 

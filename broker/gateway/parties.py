@@ -5,7 +5,7 @@ Owns `PartyView`. Runs no user code and imports none: a class never comes here, 
 (`hibernation.party.Party.describe`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hibernation.settings import Settings
@@ -47,6 +47,18 @@ class PartyView:
             wants_request="on_request" in hooks,
             wants_fetch="on_fetch" in hooks,
             message_bytes_max=settings.message_bytes_max,
+        )
+
+    def without_hooks(self) -> "PartyView":
+        """The same party once no host knows it any more: its connections stay, nothing wakes its rooms."""
+        return replace(
+            self,
+            wants_before_connect=False,
+            wants_connect=False,
+            wants_message=False,
+            wants_close=False,
+            wants_request=False,
+            wants_fetch=False,
         )
 
 
