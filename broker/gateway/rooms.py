@@ -28,6 +28,7 @@ class RoomRecord:
     """One room with connections, or with events on their way."""
 
     __slots__ = (
+        "arriving",
         "bytes_max",
         "count",
         "events_max",
@@ -52,6 +53,8 @@ class RoomRecord:
         self.first = NONE
         self.last = NONE
         self.count = 0
+        #: Newcomers that are not members yet: they count against the room's limit (S37).
+        self.arriving = 0
         #: Slots that refer to this record: members, and those that are coming or going.
         self.held = 0
         #: Events given to the host and not acknowledged, and the bytes of their frames (S24).
