@@ -136,6 +136,7 @@ class Host:
         while True:
             if self._connect():
                 await self._pool.run()
+                self._forget()  # also what was still said while tasks came to their end
             await trio.sleep(RECONNECT_SECONDS)
 
     def _connect(self) -> bool:
@@ -172,6 +173,13 @@ class Host:
             return
         self._epoll.unregister(link.fileno())
         link.close()
+        self._forget()
+        self._pool.forget()
+
+    def _forget(self) -> None:
+        """Nothing of what was meant for a former gateway is said to the next, whose numbers mean other
+        things.
+        """
         self._outgoing.clear()
         self._out.clear()
         self._out_edits.clear()
@@ -179,7 +187,6 @@ class Host:
         self._questions.clear()
         self._commits.forget()
         self._exchanges.forget()
-        self._pool.forget()
 
     async def _retire(self) -> None:
         """Start no more turns, let those under way end within `drain`, and let their effects leave. What has

@@ -123,6 +123,7 @@ class Pool:
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._clock)
             self._nursery.start_soon(self._work)
+        self._clear()
 
     def spawn(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
         """Run something beside the rooms, for as long as the pool runs."""
@@ -208,6 +209,9 @@ class Pool:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
         self._nursery = None
+        self._clear()
+
+    def _clear(self) -> None:
         self.cells.clear()
         self._ready.clear()
         self._parked.clear()
@@ -255,7 +259,7 @@ class Pool:
             self.active = cell.key
             while events and budget:
                 budget -= 1
-                worker.event = event = events.popleft()
+                worker.event = event = events.pop(0)
                 worker.started = monotonic()
                 await run(cell, worker, event)
                 if room._evict or worker.cancelled:
