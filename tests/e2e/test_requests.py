@@ -10,7 +10,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -397,6 +397,20 @@ def instance(process: BrokerProcess) -> Iterator[Instance]:
 
 
 @pytest.fixture
+def own(broker: BrokerFactory) -> Iterator[Callable[..., Instance]]:
+    """Start a broker for one test alone."""
+    made: list[Instance] = []
+
+    def start(**options: object) -> Instance:
+        made.append(Instance(broker(APP, **options)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
 def room() -> str:
     return f"room-{next(numbers)}"
 
@@ -509,10 +523,9 @@ def test_a_request_that_fails_gets_a_status_and_no_details(instance, room, path,
     assert client.is_silent()
 
 
-def test_dev_shows_the_traceback(broker):
+def test_dev_shows_the_traceback(own):
     """S9, S39: to whoever develops."""
-    process = broker(APP, command="dev")
-    instance = Instance(process)
+    instance = own(command="dev")
     reply = instance.get("/parties/answers/r/raise")
     assert reply.status == 500
     assert b"a secret" in reply.body
@@ -719,12 +732,12 @@ def test_a_client_that_leaves_during_the_before_hook(instance, room):
     assert instance.process.ask("rooms", party="before", room=room)["rooms"][0]["wakes"] == 0
 
 
-def test_death_of_the_host_while_requests_are_under_way(broker):
+def test_death_of_the_host_while_requests_are_under_way(own):
     """S26: 502 for the one whose turn had begun, 503 with Retry-After for the one that waited behind it; a
     stream breaks off; committed effects stand, others do not.
     """
-    process = broker(APP)
-    instance = Instance(process)
+    instance = own()
+    process = instance.process
     instance.hold("hold-r")
     assert instance.get("/parties/holding/other").text == "1"
     begun = instance.later("GET", "/parties/holding/r")
@@ -746,13 +759,12 @@ def test_death_of_the_host_while_requests_are_under_way(broker):
     instance.release("hold-r")
     assert instance.get("/parties/holding/r").text == "1"
     assert instance.get("/parties/holding/other").text == "2"
-    instance.end()
 
 
-def test_new_code_while_requests_wait(broker):
+def test_new_code_while_requests_wait(own):
     """S26, S32: what is under way is finished by the old code; what waits, and what comes, by the new."""
-    process = broker(APP, command="dev")
-    instance = Instance(process)
+    instance = own(command="dev")
+    process = instance.process
     instance.hold("hold-r")
     instance.hold("hold-fetch")
     under_way = instance.later("GET", "/parties/holding/r")
@@ -776,7 +788,6 @@ def test_new_code_while_requests_wait(broker):
     assert fetching.reply().text.startswith("GET /hold")
     assert [last.reply().text, behind.reply().text] == ["new code", "new code"]
     eventually(lambda: hosts[0] not in process.host_pids())
-    instance.end()
 
 
 # --- One room -------------------------------------------------------------------------------------

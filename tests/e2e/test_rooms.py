@@ -8,7 +8,7 @@ import contextlib
 import http.client
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -237,6 +237,20 @@ def instance(process: BrokerProcess) -> Iterator[Instance]:
 
 
 @pytest.fixture
+def own(broker: BrokerFactory) -> Iterator[Callable[..., Instance]]:
+    """Start a broker for one test alone."""
+    made: list[Instance] = []
+
+    def start(**options: object) -> Instance:
+        made.append(Instance(broker(APP, **options)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
+
+
+@pytest.fixture
 def room() -> str:
     return f"room-{next(numbers)}"
 
@@ -264,7 +278,6 @@ def test_each_cause_wakes_a_room_once(instance, room):
     assert instance.request("every", room) == (200, "answer")
     woken(4)
     client.send_close()
-    assert client.receive_frame()[0] == CLOSE
     eventually(lambda: instance.wakes("every", room) == 5)
     woken(5)
 
@@ -331,10 +344,10 @@ def test_hooks_that_belong_to_no_room_make_none(instance, room):
     assert instance.wakes("static", room) == 0
 
 
-def test_a_restart_of_the_host_wakes_nothing(broker):
+def test_a_restart_of_the_host_wakes_nothing(own):
     """S2: its rooms wake when there is something to do."""
-    process = broker(APP)
-    instance = Instance(process)
+    instance = own()
+    process = instance.process
     client = instance.connect("only-message", "r")
     client.send("a")
     assert client.receive() == "a"
@@ -343,7 +356,6 @@ def test_a_restart_of_the_host_wakes_nothing(broker):
     client.send("b")
     assert client.receive() == "b"
     assert process.stats()["wakes"] == 1
-    instance.end()
 
 
 # --- Starting -------------------------------------------------------------------------------------
@@ -474,10 +486,10 @@ def test_hibernate_ends_the_object_with_its_turn(instance, room, party):
     eventually(lambda: not instance.awake(party, room))
 
 
-def test_beyond_max_awake_rooms_the_least_recently_used_go(broker):
+def test_beyond_max_awake_rooms_the_least_recently_used_go(own):
     """S6: those that may hibernate; one that must not stays."""
-    process = broker(APP, max_awake_rooms=3)
-    instance = Instance(process)
+    instance = own(max_awake_rooms=3)
+    process = instance.process
     sticky = instance.connect("sticky", "s")
     assert instance.count(sticky)[0] == 1
     for room in ("a", "b", "a", "c"):
@@ -486,15 +498,13 @@ def test_beyond_max_awake_rooms_the_least_recently_used_go(broker):
     assert [instance.awake("long-idle", room) for room in "abc"] == [True, False, True]
     assert instance.awake("sticky", "s")
     assert instance.request("long-idle", "a") == (200, "3")
-    instance.end()
 
 
-def test_fields_are_gone_after_a_host_s_death_and_the_rest_is_there(broker):
+def test_fields_are_gone_after_a_host_s_death_and_the_rest_is_there(own):
     """S8, S13: storage, state and tags of the connection."""
-    process = broker(APP)
-    instance = Instance(process)
+    instance = own()
+    process = instance.process
     client = instance.connect("long-idle", "r")
     assert [instance.count(client)[:3] for _ in range(2)] == [[1, 1, 1], [2, 2, 2]]
     process.kill_host()
     assert instance.count(client) == [1, 3, 3, ["t1", "t2", "t3"]]
-    instance.end()

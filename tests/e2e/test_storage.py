@@ -3,7 +3,7 @@
 import itertools
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -145,6 +145,20 @@ def instance(process: BrokerProcess) -> Iterator[Instance]:
     made = Instance(process)
     yield made
     made.end()
+
+
+@pytest.fixture
+def own(broker: BrokerFactory) -> Iterator[Callable[..., Instance]]:
+    """Start a broker for one test alone."""
+    made: list[Instance] = []
+
+    def start(**options: object) -> Instance:
+        made.append(Instance(broker(APP, **options)))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.end()
 
 
 @pytest.fixture
@@ -311,12 +325,12 @@ def test_a_counter_on_disk_is_right_whoever_counts(instance, room):
 
 
 @pytest.mark.parametrize("durability", ["full", "os"])
-def test_what_a_client_has_seen_is_on_disk(broker, durability):
+def test_what_a_client_has_seen_is_on_disk(own, durability):
     """S20, S21: effects are never visible before their commit. The host is killed the moment that an answer
     has come, in the middle of many more.
     """
-    process = broker(APP, durability=durability)
-    instance = Instance(process)
+    instance = own(durability=durability)
+    process = instance.process
     seen = 0
     for turn in range(3):
         rooms = [instance.connect("counter", f"r{number}") for number in range(20)]
@@ -331,23 +345,24 @@ def test_what_a_client_has_seen_is_on_disk(broker, durability):
         eventually(lambda: process.stats()["connections"] == 0)
         reader = instance.connect("counter", "r0")
         reader.send("read")
-        assert int(reader.receive()) >= seen
+        # Turns of those who have left may still be running.
+        while " " in (answer := str(reader.receive())):
+            pass
+        assert int(answer) >= seen
         reader.close()
-    instance.end()
 
 
 @pytest.mark.parametrize("durability", ["full", "os"])
-def test_a_single_put_is_there_after_kill_9_right_behind_its_answer(broker, durability):
+def test_a_single_put_is_there_after_kill_9_right_behind_its_answer(own, durability):
     """S20, S21."""
-    process = broker(APP, durability=durability)
-    instance = Instance(process)
+    instance = own(durability=durability)
+    process = instance.process
     client = instance.connect("main", "r")
     for number in range(4):
         assert do(client, ["put", f"k{number}", number], ["clear"], ["put", "last", number]) == [None] * 3
         process.kill_host(wait_for_next=False)
         assert do(client, ["list", {}]) == [[["last", number]]]
     assert process.stats()["durability"] == durability
-    instance.end()
 
 
 def test_storage_outlives_the_whole_instance(broker):
