@@ -92,7 +92,9 @@ def _load_file(path: Path, spec: str) -> ModuleType:
         raise AppError(f"{path.name} cannot be imported under its name: take the dots out of it")
     _append_to_path(path.parent)
     found = _find_spec(name)
-    if found is not None and _file_of(found) != path:
+    # The bundled app imports nothing by its own name, so a file of the same name elsewhere may have it.
+    bundled = path.is_relative_to(Path(__file__).parent)
+    if found is not None and _file_of(found) != path and not bundled:
         raise AppError(
             f"{path.name} has the name of another module, which Python finds first"
             f" ({found.origin or 'a package'}): rename the file"

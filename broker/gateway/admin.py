@@ -17,6 +17,7 @@ from broker.gateway.http import RequestRefused
 from broker.gateway.links import HostLink
 from hibernation import wire
 from hibernation.link import LinkError, StreamDecoder, encode
+from storage.errors import BrokerError
 
 if TYPE_CHECKING:
     from broker.gateway.core import Gateway
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 PAGE_ROWS: Final = 256
 #: How long a host may take to answer before the answer goes without it.
 HOST_SECONDS: Final = 2.0
-#: A question from the command line is small.
+#: A question may hold a message.
 QUESTION_BYTES_MAX: Final = 64 * 1024 * 1024
 
 
@@ -86,7 +87,7 @@ class Admin:
             question[key] = values if key in ("all_of", "any_of", "none_of") else values[-1]
         try:
             return await self.command(question)
-        except CommandError as error:
+        except (CommandError, BrokerError) as error:
             raise RequestRefused(400, str(error)) from None
 
     async def command(self, question: dict[str, Any]) -> Any:
@@ -168,6 +169,8 @@ class Admin:
         gateway = self._gateway
         limit = _integer(question, "limit", PAGE_ROWS)
         party, room = question.get("party"), question.get("room")
+        if party is not None and party not in gateway.parties:
+            raise CommandError(f"unknown party {party!r}; there are: {self._party_names()}")
         if room is not None:
             view = gateway.parties.get(party or "main")
             if view is None:
@@ -175,7 +178,7 @@ class Admin:
             keys = [f"{view.name}/{room}"]
         else:
             after = question.get("after", "")
-            prefix = f"{party}/" if party else ""
+            prefix = f"{gateway.parties[party].name}/" if party else ""
             keys = sorted([key for key in gateway.rooms.by_key if key > after and key.startswith(prefix)])[
                 :limit
             ]
@@ -273,6 +276,9 @@ class Admin:
             raise CommandError("which room? name it with room")
         return f"{view.name}/{question['room']}"
 
+    def _party_names(self) -> str:
+        return ", ".join(sorted(self._gateway.parties))
+
     def _find(self, question: dict[str, Any]) -> int:
         key = self._key(question)
         row = self._gateway.effects.ask(key, "find", question.get("id") or "")
@@ -304,4 +310,6 @@ def _integer(question: dict[str, Any], name: str, default: int) -> int:
         value = int(question.get(name) or default)
     except (TypeError, ValueError):
         raise CommandError(f"{name} is a whole number") from None
+    if not 0 <= value < 1 << 63:  # SQLite's largest
+        raise CommandError(f"{name} is a whole number from 0 to 2**63 - 1")
     return value

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import broker
 from broker.app import app_folder, load_app, read_env
 from hibernation.errors import AppError, HookError, SettingError
 
@@ -285,3 +286,11 @@ def test_no_env_file_is_no_error_and_an_unreadable_one_is(tmp_path):
     (tmp_path / ".env").mkdir()
     with pytest.raises(AppError, match=r"\.env cannot be read: Is a directory"):
         read_env(tmp_path, {}, {})
+
+
+def test_a_file_of_the_users_with_the_demos_name_is_in_nobodys_way(tmp_path, monkeypatch):
+    """Whoever tries the README's chat.py in the folder of the checkout can still start the demo."""
+    (tmp_path / "chat.py").write_text("raise RuntimeError('not this one')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    bundled = Path(broker.__file__).parent / "demo" / "chat.py"
+    assert "main" in {name for party in load_app(str(bundled)) for name in (party.name, *party.aliases)}
