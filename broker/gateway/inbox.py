@@ -53,6 +53,7 @@ from broker.gateway.links import HostLink, Links
 from broker.gateway.rooms import RoomRecord
 from broker.gateway.spill import SpillFile, Spills
 from hibernation import wire
+from hibernation.logs import get_logger
 from hibernation.settings import Settings
 
 #: Peeked at once: more than the kernel keeps with SO_RCVBUF at its default setting.
@@ -67,9 +68,13 @@ SO_MEMINFO: Final = 55
 STALL_SECONDS: Final = 0.1
 #: In a spill file beside the message: the headers of its fragments, and control frames between them.
 SPILL_EXTRA_BYTES_MAX: Final = 14 * FRAGMENT_MAX + 64 * 1024
+#: What the disk has refused is tried again after so long.
+SPILL_AGAIN_SECONDS: Final = 1.0
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
 MESSAGE: Final = wire.MESSAGE
+
+log = get_logger("inbox")
 
 
 class Reading:
@@ -116,6 +121,8 @@ class Inbox:
         self._readings: dict[int, Reading] = {}
         self._spills = Spills(spill_directory, settings.spill_bytes_max)
         self._spill_waiting: list[int] = []
+        #: Slots of messages that the disk did not take.
+        self._refused: set[int] = set()
         self._unfinished: set[int] = set()
         #: State of the few connections that have one.
         self.states: dict[int, bytes] = {}
@@ -503,8 +510,27 @@ class Inbox:
             self._spill_waiting.append(slot)
             table.flags[slot] |= DEFERRED
             return
-        reading.file = self._spills.create(table.number[slot], reading.start)
+        try:
+            reading.file = self._spills.create(table.number[slot], reading.start)
+        except OSError as error:
+            self._spill_refused(slot, error)
+            return
         self._spill(slot, reading, room, link)
+
+    def _spill_refused(self, slot: int, error: OSError) -> None:
+        """The disk takes nothing now: the message waits in the kernel, and is tried again (S36)."""
+        table = self._connections
+        table.flags[slot] |= DEFERRED
+        if slot in self._refused:
+            return
+        if not self._refused:
+            log.error("a large message cannot be spilled: it waits", error=str(error))
+        self._refused.add(slot)
+        self.later(SPILL_AGAIN_SECONDS, self._spill_again, slot)
+
+    def _spill_again(self, slot: int) -> None:
+        self._refused.discard(slot)
+        self._resume(slot)
 
     def _spill(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
         """Move what has come into the file, frame by frame, until the message is whole or there is no
@@ -544,7 +570,11 @@ class Inbox:
                 count = min(count, limit - consumed)
                 if file.size + count > room.party.message_bytes_max + SPILL_EXTRA_BYTES_MAX:
                     raise Violation(1008, "too many control frames within one message")
-                file.append(memoryview(buffer)[:count])
+                try:
+                    file.append(memoryview(buffer)[:count])
+                except OSError as error:
+                    self._spill_refused(slot, error)
+                    return
                 self._spills.grew(count)
                 self._take(slot, sock, count)
                 if table.consumed[slot] == reading.frame_end and self._frame_spilled(

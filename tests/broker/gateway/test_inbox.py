@@ -5,6 +5,8 @@ the order in which they were sent, none lost and none doubled; no byte of a mess
 a spill file, before the message is acknowledged; and the counts of what is in flight are true.
 """
 
+import errno
+import os
 import socket
 import struct
 from collections import deque
@@ -626,4 +628,30 @@ def test_spilling_waits_for_room_in_the_spill(rig):
         rig.handle(1)
     rig.settle()
     assert [len(rig.handled[slot]) for slot in slots] == [1] * 3
+    assert rig.inbox._spills.bytes == 0
+
+
+@pytest.mark.parametrize("fails", ["open", "pwrite"])
+def test_a_message_that_the_disk_refuses_waits_and_comes_later(rig, monkeypatch, fails):
+    """S36: no room on the disk costs no connection and loses nothing; it is tried again by itself."""
+    rig = rig(inbox_bytes_max=1024, message_bytes_max=1 << 20)
+    slot, other = rig.connect(), rig.connect()
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    payload = b"x" * 60_000
+    frame = encode_frame(BINARY, payload, mask=KEY)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, fails, full)
+        rig.send(slot, frame[:30_000])
+        rig.send(other, encode_frame(TEXT, b"small", mask=KEY))
+        for _ in range(10):
+            rig.poll(0.02)
+            rig.handle()
+        assert (rig.violations, rig.gone) == ([], [])
+        assert rig.handled == [[], ["small"]]
+    rig.send(slot, frame[30_000:])
+    rig.settle()
+    assert rig.handled[slot] == [payload]
     assert rig.inbox._spills.bytes == 0
