@@ -132,6 +132,17 @@ class HostLink:
             self._outgoing.clear()
         self._hub.rewatch(self._socket.fileno(), EPOLLIN)
 
+    @property
+    def has_more(self) -> bool:
+        """Whether something has come that is not read; its end included."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
     def read(self) -> bool:
         """Read what has come, for `messages`. False: the host has gone."""
         try:
@@ -223,10 +234,11 @@ class Links:
             sock.close()
             return
         host = HostLink(self._hub, sock, description, self._settings)
-        for shard in host.shards:
-            former = self.by_shard[shard]
-            if former is not None:
-                self._gone(former)
+        for former in [each for each in self.hosts if not set(each.shards).isdisjoint(host.shards)]:
+            # It has ended, or else these shards could not be open again. What it has said still counts.
+            while former in self.hosts and former.has_more:
+                self._ready(former, EPOLLIN)
+            self._gone(former)
         self.hosts.append(host)
         for shard in host.shards:
             self.by_shard[shard] = host
