@@ -58,6 +58,9 @@ from storage.registry import RegistryBatch, Row
 UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
 #: ioctl: bytes sent that the peer's TCP has not acknowledged (tcp(7)).
 SIOCOUTQ: Final = 0x5411
+#: Sockets of ended connections that wait for their peers' end; of further ones the peer may see a reset. They
+#: are within `doors.DESCRIPTORS_RESERVED`.
+LINGERING_MAX: Final = 256
 
 log = get_logger("lifecycle")
 
@@ -289,6 +292,9 @@ class Lifecycle:
     def ready(self, slot: int, events: int) -> None:
         """A parked connection's descriptor has something to say."""
         table = self._connections
+        phase = table.phase[slot]
+        if phase < CONNECTING:
+            return  # said of a connection that the same poll has closed, whose descriptor this one has now
         if events & EPOLLOUT and slot in self._sender.outboxes and self._sender.writable(slot):
             ending = self._endings.get(slot)
             if ending is not None and ending.answered and table.phase[slot] == ENDING:
@@ -308,7 +314,6 @@ class Lifecycle:
             return
         if events & ENDED:
             table.flags[slot] |= GONE
-        phase = table.phase[slot]
         if phase == OPEN:
             self._inbox.pump(slot)
         elif phase == CLOSING:
@@ -562,7 +567,7 @@ class Lifecycle:
         except OSError:
             sock.close()
             return
-        if self._drained(sock):
+        if self._drained(sock) or len(self._lingering) >= LINGERING_MAX:
             sock.close()
             return
         descriptor = sock.fileno()
