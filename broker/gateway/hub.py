@@ -114,13 +114,13 @@ class Hub:
             if not ready:
                 break
             for descriptor, events in ready:
-                if not parked(descriptor, events):
-                    handler = handlers.get(descriptor)
-                    if handler is not None:
-                        try:
+                try:
+                    if not parked(descriptor, events):
+                        handler = handlers.get(descriptor)
+                        if handler is not None:
                             handler(events)
-                        except Exception:
-                            log.exception("a handler of the gateway failed")
+                except Exception:
+                    log.exception("a handler of the gateway failed")
         self._end_of_tick()
 
     async def _clock(self) -> None:
@@ -139,7 +139,10 @@ class Hub:
                     log.exception("a deadline of the gateway failed")
             if now - second >= 1:
                 second = now
-                self._each_second(now)
+                try:
+                    self._each_second(now)
+                except Exception:
+                    log.exception("what the gateway does each second failed")
             self._end_of_tick()
             if not deadlines:
                 self._clock_wanted = trio.Event()
