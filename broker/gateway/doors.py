@@ -158,7 +158,12 @@ class Doors:
             )
         descriptor = self._listener.fileno()
         self._hub.rewatch(descriptor, 0)
-        self._hub.after(EXHAUSTED_PAUSE_SECONDS, self._hub.rewatch, descriptor, EPOLLIN)
+        self._hub.after(EXHAUSTED_PAUSE_SECONDS, self._accept_again)
+
+    def _accept_again(self) -> None:
+        """Descriptors may be free again."""
+        if not self._lifecycle.draining and not self._resting:
+            self._hub.rewatch(self._listener.fileno(), EPOLLIN)
 
     def _examine(self, sock: socket.socket, address: Address, *, first: bool = False) -> None:
         """Look at what has come of the head, without taking it."""
@@ -383,7 +388,12 @@ class Doors:
         if status:
             self.refused[status] = self.refused.get(status, 0) + 1
             named = [(name, value) for name, value in headers if name.lower() not in _FRAMING]
-            self._lifecycle.turn_away(slot, error_response(status, body, named))
+            try:
+                answer = error_response(status, body, named)
+            except ValueError as error:
+                log.error("a refusal cannot be sent", error=str(error))
+                answer = error_response(500, "internal error")
+            self._lifecycle.turn_away(slot, answer)
             return
         self._lifecycle.newcomer(slot).request = body
         self._lifecycle.store(slot)
