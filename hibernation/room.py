@@ -477,11 +477,12 @@ class Storage:
         if limit is not None and limit < 0:
             raise ValueError(f"list takes a limit of 0 or more, not {limit}")
         room = self._room
-        overlay = dict(room._pending)
-        overlay.update(self._writes)
-        hidden = self._cleared or room._pending_cleared
-        if self._cleared:
-            overlay = dict(self._writes)
+        own = _turn.get() is room._effects  # and no stream of an earlier turn that reads meanwhile
+        cleared = own and self._cleared
+        overlay = {} if cleared else dict(room._pending)
+        if own:
+            overlay.update(self._writes)
+        hidden = cleared or room._pending_cleared
         found: dict[str, bytes] = {}
         if not hidden:
             found.update(
@@ -515,12 +516,13 @@ class Storage:
 
     def _look(self, key: str) -> bytes | None:
         """The newest value: of this turn, of an earlier turn on its way to disk, or from disk."""
-        writes = self._writes
-        if key in writes:
-            return writes[key]
-        if self._cleared:
-            return None
         room = self._room
+        writes = self._writes
+        if (writes or self._cleared) and _turn.get() is room._effects:
+            if key in writes:
+                return writes[key]
+            if self._cleared:
+                return None
         pending = room._pending
         if key in pending:
             return pending[key]

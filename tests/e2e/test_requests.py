@@ -139,6 +139,8 @@ APP = """
                     return (piece for piece in ["", "a", b"", "b", ""])
                 case "closes-badly":
                     return self.closes_badly()
+                case "looks":
+                    return self.looks()
                 case "headers":
                     return self.pieces(1), 203, {"X-Stream": "yes", "Content-Type": "text/event-stream"}
 
@@ -172,14 +174,33 @@ APP = """
         async def wrong(self):
             yield 5
 
+        async def looks(self):
+            '''What is to be seen while another turn is under way.'''
+            await gone("hold-look")
+            found = await self.room.storage.list()
+            yield str([found, await self.room.storage.get("staged")])
+            try:
+                self.room.broadcast("from nowhere")
+            except Exception as error:
+                yield type(error).__name__
+
         async def closes_badly(self):
             try:
                 yield "all"
             finally:
                 raise SystemExit(3)
 
-        def on_message(self, message, sender):
+        async def on_message(self, message, sender):
+            if message == "stage":
+                self.room.storage.delete_all()
+                self.room.storage.put("staged", 1)
+                (FOLDER / "staged").touch()
+                await gone("hold-stage")
+                raise ValueError("discarded")
             sender.send(message)
+
+        def on_error(self, connection, error):
+            self.room.broadcast("discarded")
 
     class Holding(Server):
         '''Turns that last until they may end.'''
@@ -650,6 +671,24 @@ def test_a_stream_whose_clean_up_fails(instance, room):
     client = instance.connect("streams", room)
     client.send("alive")
     assert client.receive() == "alive"
+
+
+def test_a_stream_has_no_part_in_the_turns_that_run_beside_it(instance, room):
+    """S20, S26: it reads what earlier turns have written, nothing that a turn may still discard, and stages
+    nothing into it.
+    """
+    client = instance.connect("streams", room)
+    instance.hold("hold-look")
+    instance.hold("hold-stage")
+    reply = instance.later("GET", f"/parties/streams/{room}/looks")
+    assert client.receive() == "turn /looks"
+    client.send("stage")
+    eventually(instance.file("staged").exists)
+    instance.release("hold-look")
+    assert reply.reply().text == "[{'began': 1}, None]RoomGone"
+    instance.release("hold-stage")
+    assert client.receive() == "discarded"
+    assert client.is_silent()
 
 
 def test_a_client_that_leaves_ends_the_stream(instance, room):
