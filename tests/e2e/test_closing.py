@@ -125,7 +125,7 @@ def close_payload(code: int, reason: str | bytes = b"") -> bytes:
     return struct.pack(">H", code) + (reason.encode() if isinstance(reason, str) else reason)
 
 
-# --- The client closes ------------------------------------------------------------------------------------
+# --- The client closes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_client_that_closes_and_never_reads_is_let_go(instance, room, word):
     assert instance.broker.stats()["outbox_bytes"] == 0
 
 
-# --- The client ends without a Close ------------------------------------------------------------------------
+# --- The client ends without a Close ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reset", [False, True])
@@ -297,7 +297,7 @@ def test_a_message_and_a_reset_to_a_party_without_close_hook(instance, room):
     assert not [each for each in instance.broker.log_events() if "could not be served" in each["event"]]
 
 
-# --- The room closes ----------------------------------------------------------------------------------------
+# --- The room closes --------------------------------------------------------------------------------
 
 
 def test_codes_and_reasons_of_the_room(instance, room):
@@ -386,7 +386,7 @@ def test_both_close_at_once(instance, room):
         assert clean
 
 
-# --- Turns that fail ----------------------------------------------------------------------------------------
+# --- Turns that fail --------------------------------------------------------------------------------
 
 
 def test_a_failing_turn_keeps_the_socket(instance, room):
@@ -424,7 +424,7 @@ def test_a_failing_on_close_is_over(instance, room, name):
         assert client.receive() == "did alive"
 
 
-# --- Drain --------------------------------------------------------------------------------------------------
+# --- Drain ------------------------------------------------------------------------------------------
 
 
 def test_a_stop_closes_with_1012(broker):

@@ -368,7 +368,7 @@ def ask(client: RawClient, do: str, **command):
             return message["result"]
 
 
-# --- Addresses (S1) ---------------------------------------------------------------------------------------
+# --- Addresses (S1) ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -408,7 +408,7 @@ def test_room_ids_are_any_text(instance, name):
         assert unquote(name) in {each["room"] for each in instance.broker.connections(party="main")}
 
 
-# --- Before-hooks (S9) ------------------------------------------------------------------------------------
+# --- Before-hooks (S9) ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("party", ["gate", "plain-gate"])
@@ -478,7 +478,7 @@ def test_a_client_that_leaves_during_the_before_hook(instance, room):
     assert instance.constructed(room) == 2
 
 
-# --- The connect turn (S9) --------------------------------------------------------------------------------
+# --- The connect turn (S9) --------------------------------------------------------------------------
 
 
 def registered(instance, room: str) -> int:
@@ -591,7 +591,7 @@ def test_a_close_in_the_connect_turn(instance, room):
     )
 
 
-# --- Ids (S10) --------------------------------------------------------------------------------------------
+# --- Ids (S10) --------------------------------------------------------------------------------------
 
 
 def test_ids_are_given_or_fresh(instance, room):
@@ -724,7 +724,7 @@ def test_the_policies_replace_and_refuse(instance, room):
         assert json.loads(first.receive()) == [True, ["kept"], "kept", 1]
 
 
-# --- Tags (S11) -------------------------------------------------------------------------------------------
+# --- Tags (S11) -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "fits"), [(63, True), (64, True), (65, False)])
@@ -817,7 +817,7 @@ def test_filters(instance, room):
         client.close()
 
 
-# --- Listing (S12) ----------------------------------------------------------------------------------------
+# --- Listing (S12) ----------------------------------------------------------------------------------
 
 
 def test_listing_more_than_one_page(instance, room):
@@ -870,7 +870,7 @@ def test_a_failed_turn_changes_nothing(instance, room):
     instance.unharmed()
 
 
-# --- State (S13) ------------------------------------------------------------------------------------------
+# --- State (S13) ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -900,7 +900,7 @@ def test_a_state_lives_as_long_as_its_connection(instance, room):
         assert ask(client, "read") is None
 
 
-# --- Sending and subprotocols (S17, S18) ------------------------------------------------------------------
+# --- Sending and subprotocols (S17, S18) ------------------------------------------------------------
 
 
 def test_what_send_takes(instance, room):
@@ -974,7 +974,7 @@ def test_subprotocols(instance, room, party, offered, chosen):
         assert answer.headers.get("sec-websocket-protocol") == chosen
 
 
-# --- Who is constructed (S2, S3) --------------------------------------------------------------------------
+# --- Who is constructed (S2, S3) --------------------------------------------------------------------
 
 
 def test_only_events_that_have_a_hook_construct_a_room(instance, room):

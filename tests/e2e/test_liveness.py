@@ -150,7 +150,7 @@ def room() -> str:
     return f"room-{next(_rooms)}"
 
 
-# --- Pings (S15) --------------------------------------------------------------------------------------------
+# --- Pings (S15) ------------------------------------------------------------------------------------
 
 
 def test_silence_is_pinged_and_the_dead_are_closed(pinging, room):
@@ -251,7 +251,7 @@ def test_a_flood_of_pings_that_are_not_read(instance, room):
         assert 500 < pongs < 10_000
 
 
-# --- Handlers that take too long (S20) ----------------------------------------------------------------------
+# --- Handlers that take too long (S20) --------------------------------------------------------------
 
 
 def test_a_handler_that_waits_for_ever(instance, room):
