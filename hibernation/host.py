@@ -436,4 +436,5 @@ async def serve(config: HostConfig, parties: list[Party], env: dict[str, str]) -
     """
     sys.setswitchinterval(0.001)
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()  # what is loaded by now stays: no collection has to walk through it
     await Host(config, parties, env).run()

@@ -284,4 +284,5 @@ async def serve(config: GatewayConfig) -> None:
     os.umask(0o077)
     sys.setswitchinterval(0.001)
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()  # what is loaded by now stays: no collection has to walk through it
     await Gateway(config).run()
