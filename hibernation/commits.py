@@ -136,6 +136,7 @@ class Commits:
         self._forming = Batch(self._forming.number + 1)
         if self._committing is not None:
             committing = self._committing
+            committing.cells.clear()
             committing.results.clear()
             committing.edits.clear()
             committing.after.clear()

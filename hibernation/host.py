@@ -353,7 +353,9 @@ class Host:
         kind = item[0]
         if kind <= wire.CLOSE:
             key = item[1]
-            self._pool.deliver(key, self._kinds[key.split("/", 1)[0]], item)
+            of_room = self._kinds.get(key.split("/", 1)[0])
+            if of_room is not None:  # else another host has newer code already: this one's successor gets it
+                self._pool.deliver(key, of_room, item)
         elif kind == wire.REQUEST:
             self._exchanges.requested(item)
         elif kind == wire.REPLY:

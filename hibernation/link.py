@@ -118,11 +118,6 @@ class Link:
         """
         return [data for _, data in self._kept]
 
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes held for repetition."""
-        return sum(len(data) for _, data in self._kept)
-
 
 def encode(value: Any) -> bytes:
     """One CBOR value with its length in front, as it goes over a stream socket."""

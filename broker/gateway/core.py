@@ -19,7 +19,7 @@ from typing import Any
 import trio
 
 from broker.gateway.admin import Admin
-from broker.gateway.connections import Connections
+from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import Doors
 from broker.gateway.effects import Effects
 from broker.gateway.forward import Forward
@@ -135,7 +135,7 @@ class Gateway:
 
     def _parked(self, descriptor: int, events: int) -> bool:
         slot = self.connections.by_descriptor(descriptor)
-        if slot == 0xFFFFFFFF:
+        if slot == NONE:
             return False
         try:
             self.lifecycle.ready(slot, events)

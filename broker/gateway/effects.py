@@ -73,13 +73,15 @@ class Effects:
             return
         _, slot, number, end, effects = item
         self.turns += 1
-        if effects:
-            self.execute(effects)
         table = self._connections
-        if table.number[slot] == number:
-            self._inbox.acknowledge(slot, end)
-            if table.phase[slot] != OPEN or self._lifecycle.reopened:
-                self._lifecycle.message_acknowledged(slot)
+        try:
+            if effects:
+                self.execute(effects)
+        finally:  # a fault of ours in an effect must not leave the message, and its room, in flight for ever
+            if table.number[slot] == number:
+                self._inbox.acknowledge(slot, end)
+                if table.phase[slot] != OPEN or self._lifecycle.reopened:
+                    self._lifecycle.message_acknowledged(slot)
 
     def execute(self, effects: list[list[Any]]) -> None:
         """Carry out the effects of one turn, in their order."""

@@ -183,13 +183,11 @@ class HttpFront:
             finally:
                 self._nursery = None
 
-    def take(self, sock: socket.socket, client: tuple[str, int], head_seen: bytes = b"") -> None:
+    def take(self, sock: socket.socket, client: tuple[str, int]) -> None:
         """Serve a connected, non-blocking TCP socket from now on; returns at once.
 
-        Nothing of its next request has been consumed. `client` is the peer's address. `head_seen`, what the
-        caller peeked, is not needed: the head is peeked again, at the price of one system call.
+        Nothing of its next request has been consumed. `client` is the peer's address.
         """
-        del head_seen
         if self._nursery is None:
             sock.close()
             return

@@ -99,7 +99,7 @@ class Gateway:
             await trio.lowlevel.wait_readable(self.listener)
             sock, client = self.listener.accept()
             sock.setblocking(False)
-            self.front.take(sock, client, b"")
+            self.front.take(sock, client)
 
 
 @contextlib.asynccontextmanager
