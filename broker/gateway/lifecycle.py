@@ -5,12 +5,11 @@ Must not parse frames or look at effects. Peers: `doors` (who may come in), `inb
 `links` (connect and close turns), `storage.registry`.
 
     ADMITTING ──▶ STORING ──row committed, 101──▶ CONNECTING ──connect turn──▶ OPEN
-                                                                               │ peer's Close, its end, our
-                                                                               verdict
-    FREE ◀──close turn acknowledged── CLOSED ◀──────── ENDING ◀────────────────┤ (turns of what was read are
-    awaited)
+                                                                               │ the peer's end,
+                                                                               │ or our verdict
+    FREE ◀──close turn acknowledged── CLOSED ◀──────── ENDING ◀────────────────┤ (turns awaited)
                                          ▲                                     │
-                                         └───────────── CLOSING ◀──our Close───┘ (the peer's Close is awaited)
+                                         └───────────── CLOSING ◀──our Close───┘ (peer's Close awaited)
 
 Invariants:
     F1  a client that has read its 101 has a committed row
