@@ -55,6 +55,10 @@ from storage.registry import RegistryBatch, Row
 
 #: Causes of an end after which nothing reaches the client.
 UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
+#: Each connection is looked at once in so many seconds, in so many parts a second, unless they are few.
+SWEEP_SECONDS: Final = 5
+SWEEP_PARTS: Final = 10
+SWEEP_AT_ONCE: Final = 500
 #: ioctl: bytes sent that the peer's TCP has not acknowledged (tcp(7)).
 SIOCOUTQ: Final = 0x5411
 #: Sockets of ended connections that wait for their peers' end; of further ones the peer may see a reset. They
@@ -647,20 +651,30 @@ class Lifecycle:
     # --- Liveness ---------------------------------------------------------------------------------
 
     def sweep(self) -> None:
-        """Once a second: look at a part of all connections, so that each is looked at every few seconds
-        (S15).
+        """Once a second: have a part of all connections looked at, so that each is every few seconds (S15).
+
+        Many are looked at in small parts, a tenth of a second apart, and pinged after silences of different
+        lengths: thousands of clients that came together would otherwise answer together, and messages wait.
         """
+        if self._ping_interval < SWEEP_SECONDS or len(self._connections) < SWEEP_AT_ONCE:
+            self._look(1 if self._ping_interval < SWEEP_SECONDS else SWEEP_SECONDS)
+            return
+        for part in range(SWEEP_PARTS):
+            self._hub.after(part / SWEEP_PARTS, self._look, SWEEP_SECONDS * SWEEP_PARTS)
+
+    def _look(self, every: int) -> None:
+        """Look at one connection in `every`; at the next ones the next time."""
         table = self._connections
         now = self._hub.second
         phases, seen, flags = table.phase, table.seen, table.flags
-        every = 5 if self._ping_interval >= 5 else 1
         self._sweep = (self._sweep + 1) % every
         silent, dead = self._ping_interval, self._ping_interval + self._ping_timeout
+        spread = silent // 2 if every > SWEEP_SECONDS else 0
         for slot in range(self._sweep, len(phases), every):
             if phases[slot] != OPEN:
                 continue
             age = now - seen[slot]
-            if age < silent:
+            if age < silent - (slot * 7 % spread if spread else 0):
                 continue
             if not flags[slot] & PINGED:
                 flags[slot] |= PINGED
