@@ -1,8 +1,9 @@
 """The entry of a host process: `python -m broker.host`, started by the supervisor and by nobody else.
 
 Owns the steps before a host serves: its configuration is read from standard input, the app is loaded, the
-supervisor is told how that went, and "go" is awaited, which comes when no other host has the shards. The rest
-is `hibernation.host`. Its peer is `hibernation.children`.
+supervisor is told how that went, and "go" is awaited, which comes when no other host has the shards. What can
+be checked before is checked: that this code knows the schema of its shards. The rest is `hibernation.host`.
+Its peer is `hibernation.children`.
 """
 
 import os
@@ -18,6 +19,10 @@ from hibernation.configuration import GO_LINE, HostConfig, report
 from hibernation.errors import AppError, BrokerError
 from hibernation.logs import configure, get_logger, protect_standard_streams
 from hibernation.party import Party
+from storage.database import database_version
+from storage.errors import SchemaTooNew
+from storage.migrations import SHARD
+from storage.shards import shard_path
 
 __all__ = ["main"]
 
@@ -48,6 +53,7 @@ def _load(config: HostConfig) -> tuple[list[Party], dict[str, str]]:
     from broker.app import app_folder, load_app, read_env
 
     def load() -> tuple[list[Party], dict[str, str]]:
+        _require_known_schemas(config)
         env = read_env(app_folder(config.app), config.variables, os.environ)
         return load_app(config.app), env
 
@@ -56,6 +62,15 @@ def _load(config: HostConfig) -> tuple[list[Party], dict[str, str]]:
     if isinstance(result, outcome.Error):
         _give_up(config, _explain(config.app, result.error))
     return result.value
+
+
+def _require_known_schemas(config: HostConfig) -> None:
+    """See that no newer broker has written our shards; a predecessor may have them open meanwhile."""
+    for index in config.shards:
+        path = shard_path(config.data, index)
+        version = database_version(path)
+        if version is not None and version > SHARD.version:
+            raise SchemaTooNew(version, SHARD.version, path)
 
 
 def _explain(app: str, error: BaseException) -> str:

@@ -67,6 +67,8 @@ class Server:
 
     # Settings of the instance that a class may set for its own rooms; bounds: hibernation/settings.py.
     start_timeout: ClassVar[float]
+    start_tries: ClassVar[int]
+    start_seconds: ClassVar[float]
     idle_seconds: ClassVar[float | None]
     duplicate_ids: ClassVar[Literal["probe", "replace", "refuse"]]
     probe_seconds: ClassVar[float]

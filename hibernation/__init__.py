@@ -17,9 +17,18 @@ The host, which runs room code and owns no socket of a client:
     suspension     turns that wait, without a task for each
     watchdog       names the handler that blocks the loop
 
+The keeper, which holds sockets while gateways come and go:
+    keeper, keeper_table    the process; what it holds (pure)
+    keeping, keeper_messages    its clients' side; the words between them
+
 All processes:
-    supervisor, children, processes, listener    start, restart, reload, stop
-    configuration, admin, logs, memory           what a process is told, asked, says and gives back
+    supervisor                     start, takeover, stop; orders
+    keepers, gateways, hosts       who has which place, and who is next
+    handover                       one gateway takes another's place
+    children, child, plan          processes, their signs of life; what to run, deadlines
+    processes, listener            the list of processes; the listening socket
+    control, gateway_line, admin   the supervisor's door, its line to the gateway, the command line's side
+    configuration, logs, memory    what a process is told, says and gives back
 
 Imports `storage`, never `broker`.
 """

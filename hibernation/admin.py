@@ -1,8 +1,9 @@
-"""How a command finds a running instance by its data directory, asks its gateway, and stops it.
+"""How a command finds a running instance by its data directory, asks its gateway or its supervisor, and stops
+it.
 
-Owns the client's side of the admin socket: 4 bytes of length and one CBOR map each way, one answer to one
+Owns the client's side of the admin sockets: 4 bytes of length and one CBOR map each way, one answer to one
 question. It blocks, since a command has nothing else to do, and changes nothing in the data directory. Its
-peer is the gateway, at `gateway.sock`.
+peers are the gateway, at `gateway.sock`, and the supervisor, at `supervisor.sock`.
 """
 
 import contextlib
@@ -22,7 +23,19 @@ from hibernation.processes import ProcessList
 from storage.directory import SOCKET_PATH_BYTES_MAX, read_holder
 from storage.errors import BrokerError
 
-__all__ = ["AdminClient", "AdminError", "NotRunning", "stop", "supervisor_of"]
+__all__ = [
+    "AdminClient",
+    "AdminError",
+    "NoSupervisor",
+    "NotRunning",
+    "SupervisorClient",
+    "processes_of",
+    "stop",
+    "supervisor_of",
+]
+
+SOCKET_NAME = "supervisor.sock"
+"""In the data directory, where the supervisor takes orders."""
 
 ANSWER_BYTES_MAX = 64 * 1024 * 1024
 """A longer answer is none of a gateway's: listings come in pages."""
@@ -43,9 +56,25 @@ class NotRunning(AdminError):
         self.data = data
 
 
+class NoSupervisor(AdminError):
+    """An instance runs, and has nobody who could carry out an order: its supervisor has died."""
+
+    def __init__(self, data: Path) -> None:
+        super().__init__(
+            f"the supervisor of {data} has died, and what it ran goes on without it; "
+            "broker serve on the same directory takes that over"
+        )
+        self.data = data
+
+
 def supervisor_of(data: Path) -> int | None:
     """Give the process id of the supervisor that runs on the data directory, None when there is none."""
-    return next((pid for name, pid in ProcessList(data).surviving() if name == "supervisor"), None)
+    return next(iter(processes_of(data, "supervisor")), None)
+
+
+def processes_of(data: Path, kind: str) -> list[int]:
+    """Give the process ids of the instance's processes whose name begins with `kind`."""
+    return [pid for name, pid in ProcessList(data).surviving() if name.startswith(kind)]
 
 
 class AdminClient:
@@ -54,21 +83,27 @@ class AdminClient:
     Raises `NotRunning` when nobody answers there, `AdminError` when it is somebody else's process.
     """
 
-    def __init__(self, data: Path, *, timeout_seconds: float = 10.0) -> None:
+    _door = "gateway.sock"
+    _peer = "the gateway"
+
+    def __init__(self, data: Path, *, timeout_seconds: float | None = 10.0) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout_seconds)
         try:
-            _connect(self._socket, data / "gateway.sock")
+            _connect(self._socket, data / self._door)
             self._check_peer()
             self._send({"role": "admin"})
         except OSError as error:
             self._socket.close()
             if isinstance(error, FileNotFoundError | ConnectionRefusedError | NotADirectoryError):
-                raise NotRunning(data) from None
+                raise self._nobody(data) from None
             raise AdminError(f"cannot speak to the broker of {data}: {error.strerror or error}") from error
         except BaseException:
             self._socket.close()
             raise
+
+    def _nobody(self, data: Path) -> AdminError:
+        return NotRunning(data)
 
     def __enter__(self) -> Self:
         return self
@@ -86,11 +121,11 @@ class AdminClient:
             self._send({**question, "command": command})
             answer = cbor2.loads(self._receive())
         except TimeoutError:
-            raise AdminError("the gateway does not answer; its log may say why") from None
+            raise AdminError(f"{self._peer} does not answer; its log may say why") from None
         except (OSError, EOFError, cbor2.CBORError) as error:
-            raise AdminError(f"the gateway broke off: {error}") from error
+            raise AdminError(f"{self._peer} broke off: {error}") from error
         if not isinstance(answer, dict):
-            raise AdminError("the gateway's answer is no map")
+            raise AdminError(f"{self._peer}'s answer is no map")
         if "error" in answer:
             raise AdminError(str(answer["error"]))
         return answer.get("result")
@@ -136,6 +171,23 @@ class AdminClient:
         return b"".join(parts)
 
 
+class SupervisorClient(AdminClient):
+    """One connection to a supervisor, for orders. Without a time limit: the supervisor has one for each of
+    its steps, and its death ends the connection.
+
+    Raises `NoSupervisor` when only what it ran is there, and as `AdminClient`.
+    """
+
+    _door = SOCKET_NAME
+    _peer = "the supervisor"
+
+    def __init__(self, data: Path) -> None:
+        super().__init__(data, timeout_seconds=None)
+
+    def _nobody(self, data: Path) -> AdminError:
+        return NoSupervisor(data) if ProcessList(data).surviving() else NotRunning(data)
+
+
 def _connect(client: socket.socket, path: Path) -> None:
     if len(os.fsencode(path)) <= SOCKET_PATH_BYTES_MAX:
         client.connect(os.fspath(path))
@@ -152,8 +204,9 @@ def _connect(client: socket.socket, path: Path) -> None:
 def stop(data: Path, *, timeout_seconds: float = 120.0) -> list[int]:
     """Drain and stop the instance on `data`, and give the ids of the processes that were asked.
 
-    When its supervisor has died, the gateways and then the hosts that it left behind are stopped in its
-    place. Returns when they have exited. Raises `NotRunning` or, after `timeout_seconds`, `AdminError`.
+    When its supervisor has died, the gateways, then the hosts, then the keeper that it left behind are
+    stopped in its place. Returns when they have exited. Raises `NotRunning` or, after `timeout_seconds`,
+    `AdminError`.
     """
     deadline = time.monotonic() + timeout_seconds
     listed = ProcessList(data).surviving()
@@ -165,11 +218,13 @@ def stop(data: Path, *, timeout_seconds: float = 120.0) -> list[int]:
         return supervisors
     if not listed:
         raise NotRunning(data)
-    gateways = [pid for name, pid in listed if name.startswith("gateway")]
-    others = [pid for name, pid in listed if not name.startswith("gateway")]
-    _terminate(gateways, deadline)
-    _terminate(others, deadline)
-    return gateways + others
+    # The gateway's sockets still have close turns, for the hosts to run; the keeper's duplicates go last.
+    groups: list[list[int]] = [[], [], []]
+    for name, pid in listed:
+        groups[0 if name == "gateway" else 2 if name == "keeper" else 1].append(pid)
+    for pids in groups:
+        _terminate(pids, deadline)
+    return [pid for pids in groups for pid in pids]
 
 
 def _terminate(pids: list[int], deadline: float) -> None:

@@ -14,13 +14,16 @@ import trio
 
 from hibernation.party import Party
 from hibernation.settings import RoomSettings, Settings
-from storage.shards import ShardBatch
+from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
     from hibernation.room import Connection, Room
 
 #: An event of the link: its kind, its room's key, and what `hibernation.wire` says of that kind.
 Event = list[Any]
+
+#: Where `Server` is, whose own `__init__` does nothing; it cannot be imported from here.
+SERVER_MODULE = "broker.server"
 
 
 class Kind:
@@ -34,6 +37,7 @@ class Kind:
         "idle_seconds",
         "message_parameters",
         "name",
+        "notes_start",
         "parameters",
         "settings",
         "starts",
@@ -48,6 +52,8 @@ class Kind:
         self.idle_seconds = self.settings.idle_seconds
         self.evicts_at_once = self.hibernate and not self.idle_seconds
         self.starts = party.has_on_start
+        #: Whether the start of a room runs code of the app's, which may end the host.
+        self.notes_start = self.starts or getattr(party.cls.__init__, "__module__", "") != SERVER_MODULE
         #: How many arguments each hook takes.
         self.parameters = {name: spec.parameters for name, spec in party.specs.items()}
         self.message_parameters = party.on_message_parameters
@@ -64,10 +70,13 @@ class Cell:
     edited = 0
     #: Number of the batch that holds the newest uncommitted writes; 0: all is on disk.
     gate = 0
+    #: The shard of those writes.
+    shard = -1
     #: Everything stored before `pending` is to be deleted.
     pending_cleared = False
-    #: Attempts to start that failed, and when to try again; 0: at once.
+    #: Attempts to start that failed, since when, and when to try again; 0: at once; infinity: in quarantine.
     failures = 0
+    failing_since = 0.0
     retry_at = 0.0
     #: Streamed responses that are still being made.
     streams = 0
@@ -85,6 +94,8 @@ class Cell:
     #: `on_start` has run, or there is none.
     started = False
     running = False
+    #: It may not run before the disk takes what it has written.
+    held = False
 
     def __init__(self, key: str, kind: Kind) -> None:
         self.key = key
@@ -104,19 +115,46 @@ class Batch:
 
     number: int
     shards: dict[int, ShardBatch] = field(default_factory=dict)
-    results: list[Any] = field(default_factory=list)
+    #: By shard: what its outbox gets. Encoded, it goes to `rows`.
+    results: dict[int, list[Any]] = field(default_factory=dict)
+    rows: dict[int, list[Row]] = field(default_factory=dict)
+    #: Results of turns that wrote nothing, and ended when the batch was on its way to disk already.
+    late: list[Any] = field(default_factory=list)
     edits: "list[tuple[Cell, Connection]]" = field(default_factory=list)
     cells: set[Cell] = field(default_factory=set)
     after: list[Callable[[], None]] = field(default_factory=list)
+    #: What its turns have staged, about.
+    bytes: int = 0
+    #: By shard: rows up to there have been executed, and leave the outbox with this commit.
+    executed: dict[int, int] = field(default_factory=dict)
+    #: Shards on which it is not yet committed.
+    left: list[int] = field(default_factory=list)
 
 
 class Worker:
     """One task of the pool, and the turn it is in."""
 
-    __slots__ = ("cancelled", "cell", "event", "hook", "scope", "started", "task")
+    __slots__ = (
+        "cancelled",
+        "cell",
+        "event",
+        "hook",
+        "note",
+        "running",
+        "scope",
+        "started",
+        "task",
+        "waiting",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, note: memoryview) -> None:
         self.task: trio.lowlevel.Task | None = None
+        #: What it does now, as `hibernation.running` has it, for whoever comes after this host's death; and
+        #: of that the one word that says whether the turn waits.
+        self.note = note
+        self.waiting = note[2:3]
+        #: The coroutine of the hook that waits, for `explain`.
+        self.running: Any = None
         self.scope = trio.CancelScope()
         #: The scope is cancelled, for the sake of one turn: no other may begin in it.
         self.cancelled = False

@@ -1,84 +1,59 @@
-"""The child processes of a supervisor: how they are started, heard and ended.
+"""The child processes of a supervisor: how they are started, watched and ended.
 
 Owns each child from the system call that makes it to the one that reaps it: none is ever lost, whatever is
-cancelled. Decides nothing about which child should run: that is `hibernation.supervisor`. Its peers on the
-other side of the pipes are `broker.gateway.__main__` and `broker.host`.
+cancelled. Also owns the judgement that one hangs. Decides nothing about which child should run: that is
+`hibernation.supervisor`, `gateways` and `hosts`. What one process is, is `hibernation.child`.
 """
 
-import json
+import math
 import os
 import signal
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
 import trio
 
-from hibernation.configuration import GatewayConfig, HostConfig
+from hibernation.child import Child, Running, Survivor
+from hibernation.configuration import GatewayConfig, HostConfig, KeeperConfig
 from hibernation.logs import get_logger
-from hibernation.settings import Settings
+from hibernation.plan import KILL_SECONDS, Timing
 
-__all__ = ["Backoff", "Child", "Children", "Commands", "LoadError", "Timing"]
+__all__ = ["Backoff", "Children", "LoadError"]
 
 log = get_logger("supervisor")
 
-STATUS_LINE_BYTES_MAX = 1024 * 1024
-"""A child that writes more than this without a newline is not one of ours."""
 
-
-@dataclass(frozen=True, slots=True)
-class Commands:
-    """The command lines of the children. `-P`: the folder we were started in is not searched for modules,
-    so that a `storage/` of the user's own there does not stand in for ours.
-    """
-
-    gateway: Sequence[str] = (sys.executable, "-P", "-m", "broker.gateway")
-    host: Sequence[str] = (sys.executable, "-P", "-m", "broker.host")
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Deadlines of the supervisor, in seconds."""
-
-    load_seconds: float = 30.0
-    """For a host to import the app and say so. The first gateway, ready when its hosts are, gets twice
-    that; a later one as long as it takes, since sockets wait at it."""
-    drain_seconds: float = 40.0
-    """For a gateway to close its sockets and see their close turns through, before it is killed."""
-    finish_seconds: float = 35.0
-    """For a host to finish its running turns, before it is killed."""
-    backoff_first_seconds: float = 0.1
-    backoff_limit_seconds: float = 10.0
-    backoff_reset_seconds: float = 10.0
-    """After a life of this length the waiting begins at its shortest again."""
-
-    @classmethod
-    def of(cls, settings: Settings) -> Self:
-        """Give the deadlines that leave the children the `drain` they are promised, and a little."""
-        return cls(drain_seconds=settings.drain + 10, finish_seconds=settings.drain + 5)
+START_TRIES = 5
+"""How often a child is started that is killed before it has said anything: by an operator, or for its
+memory."""
 
 
 class Backoff:
-    """How long to wait before a child that died is started again: 0.1 s doubling to 10 s. Pure."""
+    """How long to wait before a child that died is started again: 0.1 s doubling to 10 s. Pure.
 
-    def __init__(self, timing: Timing) -> None:
+    `urgent`: for a child whose absence all clients notice, and which runs nobody's code; the first time there
+    is no wait, and later on none that is long.
+    """
+
+    def __init__(self, timing: Timing, *, urgent: bool = False) -> None:
         self._timing = timing
-        self._next_seconds = timing.backoff_first_seconds
+        self._first_seconds = 0.0 if urgent else timing.backoff_first_seconds
+        self._limit_seconds = timing.backoff_urgent_seconds if urgent else timing.backoff_limit_seconds
+        self._next_seconds = self._first_seconds
 
     def delay(self, alive_seconds: float) -> float:
         """Give the seconds to wait after a child that lived for `alive_seconds`."""
         if alive_seconds >= self._timing.backoff_reset_seconds:
-            self._next_seconds = self._timing.backoff_first_seconds
+            self._next_seconds = self._first_seconds
         seconds = self._next_seconds
-        self._next_seconds = min(seconds * 2, self._timing.backoff_limit_seconds)
+        doubled = max(seconds * 2, self._timing.backoff_first_seconds)
+        self._next_seconds = min(doubled, self._limit_seconds)
         return seconds
 
 
-MakeConfig = Callable[[int], GatewayConfig | HostConfig]
+MakeConfig = Callable[[int], GatewayConfig | HostConfig | KeeperConfig]
 """Makes a child's configuration when the number of its status pipe is known."""
 
 
@@ -92,115 +67,6 @@ class LoadError(Exception):
         """The host said so itself: nothing is wrong with the machine."""
 
 
-class Child:
-    """One running gateway or host: its process, its last word, its end.
-
-    `settled` is set by its first report, or by its exit if it made none. `exited` is set when the process
-    has been reaped and its reports have been read to the end.
-    """
-
-    def __init__(self, name: str, process: trio.Process, status_fd: int) -> None:
-        self.name = name
-        self.pid = process.pid
-        self.settled = trio.Event()
-        self.exited = trio.Event()
-        self.reports: dict[str, dict[str, Any]] = {}
-        """The last report of each kind."""
-        self.started_at = trio.current_time()
-        self._process = process
-        self._status = trio.lowlevel.FdStream(status_fd)
-
-    def __repr__(self) -> str:
-        return f"<{self.name}, pid {self.pid}, {self.outcome if self.exited.is_set() else 'running'}>"
-
-    @property
-    def outcome(self) -> str:
-        """How the process ended, in words."""
-        code = self._process.returncode
-        if code is None:
-            return "still running"
-        if code < 0:
-            try:
-                return f"killed by {signal.Signals(-code).name}"
-            except ValueError:
-                return f"killed by signal {-code}"
-        return f"exit status {code}"
-
-    @property
-    def error(self) -> str | None:
-        """The text of its last `error` report."""
-        given = self.reports.get("error")
-        return None if given is None else str(given.get("text", "no reason given"))
-
-    async def attend(self) -> None:
-        """Read its reports and await its exit; runs for as long as the process does."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._read_reports)
-            await self._process.wait()
-            # What it said last is in the pipe by now. A grandchild may hold the other end open for ever.
-            nursery.cancel_scope.deadline = trio.current_time() + 1
-        await self._close_pipes()
-        self.exited.set()
-        self.settled.set()
-
-    async def _read_reports(self) -> None:
-        pending = b""
-        while chunk := await self._status.receive_some():
-            *lines, pending = (pending + chunk).split(b"\n")
-            for line in lines:
-                self._take_report(line)
-            if len(pending) > STATUS_LINE_BYTES_MAX:
-                log.error("status line too long, no more is read", child=self.name, pid=self.pid)
-                return
-
-    def _take_report(self, line: bytes) -> None:
-        try:
-            given = json.loads(line)
-            event = given["event"]
-        except (ValueError, TypeError, KeyError):
-            log.error("unreadable status line", child=self.name, pid=self.pid, line=line[:200])
-            return
-        self.reports[str(event)] = given
-        self.settled.set()
-
-    async def say(self, line: bytes, *, last: bool) -> None:
-        """Write to its standard input; that it has died meanwhile shows elsewhere."""
-        stdin = self._process.stdin
-        assert stdin is not None
-        try:
-            await stdin.send_all(line)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            return
-        if last:
-            await stdin.aclose()
-
-    def signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended."""
-        if self._process.returncode is None:
-            self._process.send_signal(number)
-
-    async def stop(self, grace_seconds: float) -> None:
-        """Ask it to stop, and kill it when it has not within `grace_seconds`; returns when it has exited.
-
-        Cancellation: the process has been asked, and may still run.
-        """
-        self.signal(signal.SIGTERM)
-        with trio.move_on_after(grace_seconds):
-            await self.exited.wait()
-        if not self.exited.is_set():
-            log.warning(
-                "killed: it did not stop in time", child=self.name, pid=self.pid, after_s=grace_seconds
-            )
-            self.signal(signal.SIGKILL)
-            await self.exited.wait()
-
-    async def _close_pipes(self) -> None:
-        with trio.CancelScope(shield=True):
-            await self._status.aclose()
-            if self._process.stdin is not None:
-                await self._process.stdin.aclose()
-
-
 class Children:
     """All processes that one supervisor has started and not yet reaped."""
 
@@ -208,33 +74,81 @@ class Children:
         """`nursery` must outlive the processes; `changed` gets names and ids on each start and exit."""
         self._nursery = nursery
         self._changed = changed
-        self._running: list[Child] = []
+        self._running: list[Running] = []
+        self._found: dict[Survivor, trio.CancelScope] = {}
+
+    @property
+    def listed(self) -> list[tuple[str, int]]:
+        """Names and process ids of all that run."""
+        return [(running.name, running.pid) for running in self._running]
+
+    def adopt(self, name: str, pid: int, pidfd: int) -> Survivor:
+        """Take charge of a process that another supervisor has left behind; `pidfd` is owned from here on.
+
+        Nobody is told: when all have been adopted it is time for `tell`.
+        """
+        survivor = Survivor(name, pid, pidfd)
+        self._running.append(survivor)
+        self._found[survivor] = scope = trio.CancelScope()
+        self._nursery.start_soon(self._attend_found, survivor, scope)
+        return survivor
+
+    async def _attend_found(self, survivor: Survivor, scope: trio.CancelScope) -> None:
+        with scope:
+            scope.shield = True
+            await survivor.attend()
+        self._found.pop(survivor, None)
+        if survivor in self._running:
+            self._running.remove(survivor)
+            self.tell()
+
+    def release(self) -> list[tuple[str, int]]:
+        """Let go of all that `adopt` has found, as they are, and give their names and process ids."""
+        released = [(survivor.name, survivor.pid) for survivor in self._found]
+        for survivor, scope in list(self._found.items()):
+            self._running.remove(survivor)
+            scope.cancel()
+        self._found.clear()
+        return released
+
+    def rename(self, child: Running, name: str) -> None:
+        """Have it take another's place."""
+        child.name = name
+        self.tell()
 
     async def start(
         self, name: str, command: Sequence[str], config: MakeConfig, wanted: str, *, within_seconds: float
     ) -> Child:
         """Start a child, give it its configuration and wait for its first report, which must be `wanted`.
 
-        Raises `LoadError` when it is another, or does not come in time, or the system refuses a process.
-        Then, and when cancelled, the child has been killed.
+        One that somebody kills meanwhile is started again, START_TRIES times in all. Raises `LoadError` when
+        the report is another, or does not come in time, or the system refuses a process. Then, and when
+        cancelled, the child has been killed.
         """
-        child, line = await self._spawn(name, command, config)
-        try:
-            with trio.move_on_after(within_seconds):
-                await child.say(line, last=wanted == "ready")
-                await child.settled.wait()
-            if child.error is not None:
-                raise LoadError(child.error, by_app=wanted == "loaded")
-            if child.exited.is_set():
-                raise LoadError(f"the {name} ended while it was starting: {child.outcome}", by_app=False)
-            if wanted not in child.reports:
-                text = f"the {name} did not start within {within_seconds:g} s"
-                raise LoadError(text, by_app=wanted == "loaded")
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                child.signal(signal.SIGKILL)
-                await child.exited.wait()
-            raise
+        for tries_left in reversed(range(START_TRIES)):
+            child, line = await self._spawn(name, command, config)
+            try:
+                with trio.move_on_after(within_seconds):
+                    await child.say(line, last=wanted == "ready")  # others wait for "go"
+                    await child.settled.wait()
+                if child.error is not None:
+                    raise LoadError(child.error, by_app=wanted == "loaded")
+                if child.exited.is_set():
+                    if child.was_killed and tries_left:
+                        log.error(
+                            "killed while it was starting, starting it again", child=name, pid=child.pid
+                        )
+                        continue
+                    text = f"the {name} ended while it was starting: {child.outcome}"
+                    raise LoadError(text, by_app=False)
+                if wanted not in child.reports:
+                    text = f"the {name} did not start within {within_seconds:g} s"
+                    raise LoadError(text, by_app=wanted == "loaded")
+            except BaseException:
+                with trio.move_on_after(KILL_SECONDS, shield=True):
+                    await child.kill()
+                raise
+            break
         return child
 
     async def _spawn(self, name: str, command: Sequence[str], config: MakeConfig) -> tuple[Child, bytes]:
@@ -263,7 +177,7 @@ class Children:
         child = Child(name, process, reading)
         self._running.append(child)
         self._nursery.start_soon(self._attend, child)
-        self._tell()
+        self.tell()
         return child, made.to_json().encode() + b"\n"
 
     async def _attend(self, child: Child) -> None:
@@ -271,17 +185,53 @@ class Children:
         with trio.CancelScope(shield=True):
             await child.attend()
         self._running.remove(child)
-        self._tell()
+        self.tell()
 
-    def _tell(self) -> None:
-        self._changed([(child.name, child.pid) for child in self._running])
+    def tell(self) -> None:
+        """Say who runs."""
+        self._changed(self.listed)
+
+    async def judge(self, hang_seconds: float) -> None:
+        """Kill each child that is to beat and has not for `hang_seconds`; runs until it is cancelled.
+
+        A child is judged by what it has said, so its reports have to have been read; and by a clock that went
+        on while it stood still, so nobody is judged for a time in which this process stood still as well.
+        """
+        pause_seconds = min(1.0, hang_seconds / 4)
+        looked_at = trio.current_time()
+        excused_until = -math.inf
+        while True:
+            await trio.sleep(pause_seconds)
+            now = trio.current_time()
+            if now - looked_at > 2 * pause_seconds + 0.5:
+                excused_until = now + hang_seconds
+            looked_at = now
+            if now < excused_until:
+                continue
+            for child in self._running:
+                silent_seconds = child.silent_seconds(now) if isinstance(child, Child) else None
+                if silent_seconds is not None and silent_seconds > hang_seconds:
+                    assert isinstance(child, Child)
+                    log.error(
+                        "killed: it hangs", child=child.name, pid=child.pid, silent_s=round(silent_seconds, 1)
+                    )
+                    child.condemn(f"killed: it gave no sign of life for {silent_seconds:.1f} s")
 
     async def stop(self, kind: str, grace_seconds: float) -> None:
-        """Stop all whose name begins with `kind`, at once, as `Child.stop` does."""
+        """Stop all whose name begins with `kind`, at once, as `Running.stop` does."""
         async with trio.open_nursery() as nursery:
             for child in self._running:
                 if child.name.startswith(kind):
                     nursery.start_soon(child.stop, grace_seconds)
+
+    async def outlast(self, kind: str, grace_seconds: float) -> None:
+        """Wait for the exit of those whose name begins with `kind`, and kill what is left after that."""
+        late = [child for child in self._running if child.name.startswith(kind)]
+        with trio.move_on_after(grace_seconds):
+            for child in late:
+                await child.exited.wait()
+        for child in late:
+            await child.kill()
 
     async def kill(self) -> None:
         """Kill all that still run; returns when they have exited."""

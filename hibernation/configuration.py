@@ -1,13 +1,15 @@
 """What the supervisor tells its children, and what they tell it.
 
-Owns the two records that a gateway and a host are started with, their form on the child's standard input
-(one line of JSON: never the command line, which every user of the machine can read), and the lines that a
-child writes back on its status pipe. It starts no process and reads no setting: its peers are
-`hibernation.supervisor` on one side, `broker.gateway.__main__` and `broker.host` on the other.
+Owns the records that a gateway, a host and a keeper are started with, their form on the child's standard
+input (one line of JSON: never the command line, which every user of the machine can read), and the lines that
+a child writes back on its status pipe. It starts no process and reads no setting: its peers are
+`hibernation.supervisor` on one side, `broker.gateway.__main__`, `broker.host` and `hibernation.keeper` on the
+other; the last reads its line by itself, since it must stay small.
 """
 
 import json
 import os
+import select
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +17,10 @@ from typing import Any, Self
 
 from hibernation.settings import Settings
 
-__all__ = ["GO_LINE", "GatewayConfig", "HostConfig", "encode_report", "report"]
+__all__ = ["GO_LINE", "GatewayConfig", "HostConfig", "KeeperConfig", "encode_report", "report"]
 
 GO_LINE = b"go\n"
-"""What a loaded host waits for on its standard input, after its configuration."""
+"""What a loaded host, or a loaded successor of a gateway, waits for on its standard input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class GatewayConfig:
     """How many hosts the instance runs."""
     shard_count: int
     """How many shards the data directory was made with."""
+    handover: bool = False
+    """It is to report "waiting" when it is loaded, and to open, bind and take nothing before "go" comes."""
 
     def to_json(self) -> str:
         """Give the record as one line of JSON, without the line's end."""
@@ -53,6 +57,7 @@ class GatewayConfig:
                 "address": list(self.address),
                 "hosts": self.hosts,
                 "shard_count": self.shard_count,
+                "handover": self.handover,
             }
         )
 
@@ -70,6 +75,7 @@ class GatewayConfig:
             address=(host, port),
             hosts=fields["hosts"],
             shard_count=fields["shard_count"],
+            handover=fields["handover"],
         )
 
 
@@ -126,18 +132,41 @@ class HostConfig:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class KeeperConfig:
+    """What a keeper is started with."""
+
+    data: Path
+    """The data directory, absolute. The keeper's Unix socket is `keeper.sock` in it."""
+    status_fd: int
+    """The writing end of the pipe for its one report, `ready` or `error` (with `text`); it closes it then."""
+
+    def to_json(self) -> str:
+        """Give the record as one line of JSON, without the line's end."""
+        return json.dumps({"data": os.fspath(self.data), "status_fd": self.status_fd})
+
+
 def encode_report(event: str, **details: object) -> bytes:
     """Give one status line: a JSON object with `event` and the details, ended by a newline."""
     return json.dumps({"event": event, **details}).encode() + b"\n"
 
 
 def report(status_fd: int, event: str, **details: object) -> None:
-    """Write one status line to the supervisor: `ready`, `loaded` (with `parties`) or `error` (with `text`).
+    """Write one status line to the supervisor; the events are listed in the module.
 
-    A supervisor that has died is no reason to stop serving (S34), so a broken pipe is ignored. The line is
-    written with one call, and the pipe is empty but for it, so the call does not block.
+    A supervisor that has died is no reason to stop serving (S34), so a broken pipe is ignored; and so is one
+    that stands still: a beat that finds no room in the pipe is left out. Every other line is written with one
+    call into a pipe that holds little, so the call does not block.
     """
     try:
-        os.write(status_fd, encode_report(event, **details))
+        if event != "beat" or _has_room(status_fd):
+            os.write(status_fd, encode_report(event, **details))
     except OSError:
         return
+
+
+def _has_room(pipe: int) -> bool:
+    """Whether a short line (PIPE_BUF at most) can be written without waiting. Source: pipe(7), poll(2)."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLOUT)
+    return poll.poll(0) == [(pipe, select.POLLOUT)]

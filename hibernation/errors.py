@@ -11,7 +11,8 @@ wrong is no exception for anybody, but a status or a close code.
     ├── LimitExceeded            a value given to the broker is larger than a setting allows
     ├── ConnectionClosedError    a send after the turn's own close
     ├── RoomGone                 a room was used after it had left memory
-    └── TurnTimeout              a hook took longer than it may
+    ├── TurnTimeout              a hook took longer than it may
+    └── DeadLetter               an event ended its host again and again, and is given up
     Refuse                       no error: the answer of a before-hook
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "AppError",
     "BrokerError",
     "ConnectionClosedError",
+    "DeadLetter",
     "HookError",
     "LimitExceeded",
     "Refuse",
@@ -139,6 +141,24 @@ class TurnTimeout(BrokerError):
         self.hook = hook
         self.seconds = seconds
         self.setting = setting
+
+
+class DeadLetter(BrokerError):
+    """An event ended the host of its room again and again; it is not given to its hook any more (S23).
+
+    `on_error` is called with it, once. `event` is "message", "connect" or "close", `tries` how often the
+    event was run, `reason` how the hosts ended. The event is kept: `broker dead-letters` lists it, and can
+    have it run once more.
+    """
+
+    def __init__(self, event: str, tries: int, reason: str) -> None:
+        super().__init__(
+            f"a {event} ended its host {tries} time{'' if tries == 1 else 's'} ({reason}): it is given up; "
+            "`broker dead-letters` keeps it, and `broker dead-letters replay` runs it again"
+        )
+        self.event = event
+        self.tries = tries
+        self.reason = reason
 
 
 class Refuse(Exception):

@@ -16,14 +16,20 @@ from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.commits import Commits
 from hibernation.errors import Refuse
+from hibernation.logs import get_logger
 from hibernation.pool import Pool
+from hibernation.probation import Errand
 from hibernation.room import Lobby, Room
+from hibernation.running import ASKING, OTHER, Mark
 from hibernation.settings import Settings
+from hibernation.suspects import Verdict
 from hibernation.suspension import watched
 from hibernation.turns import Turns
 
 if TYPE_CHECKING:
     from hibernation.requests import Reply
+
+log = get_logger("host")
 
 #: Chunks of one streamed answer that may be on their way to its client.
 STREAM_CHUNKS: Final = 8
@@ -86,18 +92,53 @@ class Exchanges:
         self._doing[number] = None
         kind = self._kinds[key.split("/", 1)[0]]
         if "on_before_request" in kind.hooks:
-            self._pool.spawn(self._before_request, kind, event)
+            self._pool.spawn(self._noted, _OTHER, self._before_request, kind, event)
         else:
-            self._pool.deliver(key, kind, event)
+            self._to_room(kind, event)
+
+    def _to_room(self, kind: Kind, event: Event) -> None:
+        if event[1] in self._pool.quarantined:
+            self.refuse([event])
+        else:
+            self._pool.deliver(event[1], kind, event)
+
+    def refuse(self, events: list[Event]) -> None:
+        """Answer requests whose room is in quarantine (S4)."""
+        for event in events:
+            number = event[2]
+            if self._doing.pop(number, self) is not self:
+                answer = [wire.RESPOND, number, 503, [*_TEXT, ("retry-after", "30")], _QUARANTINED]
+                self._put([wire.EFFECTS, [answer]])
 
     def asked_before(self, event: Event) -> None:
         """May this upgrade go on?"""
-        self._pool.spawn(self._before_connect, event)
+        probation, mark = self._pool.probation, (ASKING, event[2])
+        verdict = Verdict.RUN if probation is None else probation.suspects.judge(mark)
+        if probation is None or verdict is Verdict.RUN:
+            self._pool.spawn(self._noted, mark, self._before_connect, event)
+        elif verdict is Verdict.ALONE:
+            probation.errand(Errand(self._noted, (mark, self._before_connect, event)))
+            self._pool.look_on()
+        else:
+            log.error("a before-hook has ended its host again and again: 500", room=event[1])
+            probation.ended(None, mark)
+            self._put([wire.ADMIT, event[2], 500, _TEXT, b"internal server error\n"])
+
+    async def _noted(self, mark: Mark, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
+        """Run something beside the rooms, and have it noted that it runs."""
+        note = self._pool.running.enter(*mark)
+        try:
+            await function(*arguments)
+        finally:
+            self._pool.running.leave(note)
+            if self._pool.probation is not None:
+                self._pool.probation.ended(None, mark)
+                self._pool.look_on()
 
     def fetched(self, event: Event) -> None:
         """A request that belongs to no room."""
         self._doing[event[2]] = None
-        self._pool.spawn(self._fetch, event)
+        self._pool.spawn(self._noted, _OTHER, self._fetch, event)
 
     def credit(self, number: int, chunks: int) -> None:
         """The client of a stream has taken chunks."""
@@ -133,8 +174,8 @@ class Exchanges:
         request = build_request(event[3])
         reply: Reply | None
         try:
-            value = await self._turns.call(cell.kind, worker.hook, cell.server, request)
-            reply = await watched(to_reply(value), self._pool.suspended)
+            value = await self._turns.call(cell.kind, worker, cell.server, request)
+            reply = await watched(to_reply(value), self._pool.suspended, worker.waiting)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -156,7 +197,9 @@ class Exchanges:
         self._doing[number] = None
         cell.streams += 1
         self._finish(cell, room, [wire.EFFECTS, effects])
-        self._commits.after(cell, lambda: self._pool.spawn(self._stream, cell, number, body))
+        self._commits.after(
+            cell, lambda: self._pool.spawn(self._noted, _OTHER, self._stream, cell, number, body)
+        )
 
     def fail(self, number: int, effects: list[Any], error: BaseException) -> None:
         """Add the answer to a request whose turn has failed."""
@@ -231,7 +274,7 @@ class Exchanges:
         if number not in self._doing:
             return  # its client has left
         self._doing[number] = None
-        self._pool.deliver(key, kind, [wire.REQUEST, key, number, {**fields, **request_fields(request)}])
+        self._to_room(kind, [wire.REQUEST, key, number, {**fields, **request_fields(request)}])
         self._pool.activate()
 
     async def _fetch(self, event: Event) -> None:
@@ -298,6 +341,9 @@ class Exchanges:
 
 
 _TEXT: Final = [("content-type", "text/plain; charset=utf-8")]
+_QUARANTINED: Final = b"this room does not start at the moment\n"
+#: What is noted of things that are given to no other host.
+_OTHER: Final = (OTHER, 0)
 
 
 async def _whole(body: Any) -> bytes:

@@ -8,8 +8,19 @@ How a message becomes an effect:
 
 The worker that waits on the link reads it and puts each event into its room's cell; ready rooms have their
 turns; each result joins what leaves next, or, if anything of its room is not yet on disk, the batch whose
-commit it must wait for. At the end of a round the batch goes to the writer thread and the results to the
-gateway, as one message.
+commit it must wait for. At the end of a round the results go to the gateway, as one message, and then the
+batch to the writer thread.
+
+The numbering of the link, and what of it is not acknowledged, live as long as this process. When the gateway
+goes, turns that run are cancelled, and events that wait are forgotten: the next one gives them out again. But
+a turn that has ended has ended: its result is kept, goes to disk if it has to, and is said to the next
+gateway before that gives out anything.
+
+Invariants:
+    H7  until a gateway has acknowledged it, the result of a turn that has ended is in what leaves next, in a
+        batch, or in what the link keeps; after this process has died, if the turn wrote, in the outbox
+    H8  no row is committed before a gateway has acknowledged what its connections did before without writing:
+        the row consumes their input up to its own, and what was only in memory would be lost with it
 """
 
 import gc
@@ -26,11 +37,14 @@ import trio
 from outcome import Value
 
 from hibernation import wire
+from hibernation.blame import Blame
 from hibernation.cells import Batch, Cell, Kind
+from hibernation.code import code_of
 from hibernation.commits import Commits
-from hibernation.configuration import HostConfig
+from hibernation.configuration import HostConfig, report
 from hibernation.exchanges import Exchanges
-from hibernation.link import Link, StreamDecoder, encode
+from hibernation.link import Link, LinkError, StreamDecoder, encode
+from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
 from hibernation.room import Connection, Room
@@ -43,13 +57,30 @@ from storage.writer import Writer
 READ_BYTES: Final = 256 * 1024
 #: Results beyond this that the gateway has not read stop the host from running turns.
 OUTGOING_BYTES_MAX: Final = 8 * 1024 * 1024
+#: The same of what turns have staged that is not on disk.
+STAGED_BYTES_MAX: Final = 64 * 1024 * 1024
+#: Delays between attempts to commit what the disk has refused (S36).
+RETRY_FIRST_SECONDS: Final = 0.5
+RETRY_LAST_SECONDS: Final = 5.0
+#: How long executed rows stay in the outbox when no commit comes that takes them along.
+TIDY_SECONDS: Final = 1.0
+#: The gateway's answer to a greeting is not larger.
+WELCOME_BYTES_MAX: Final = 64 * 1024
+#: What is said to the next gateway of what was put for a former one: the rest means nothing to it.
+_RESULTS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED, wire.EFFECTS, wire.ROW, wire.PAUSED})
+#: Results that say how far a connection has come.
+_OF_CONNECTIONS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED})
 #: Pause between attempts to reach a gateway that is not there.
 RECONNECT_SECONDS: Final = 0.02
+#: Between two signs of life for the supervisor.
+BEAT_SECONDS: Final = 1.0
 #: What the release of cancelled turns may take when the host ends.
 LAST_WORDS_SECONDS: Final = 5.0
 #: A round makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
 #: default.
 GC_THRESHOLDS: Final = (20_000, 20, 50)
+
+log = get_logger("host")
 
 
 class Host:
@@ -67,6 +98,7 @@ class Host:
         self._shards: dict[int, Shard] = {}
         for index in config.shards:
             self._shards[index] = Shard(config.data, index, durability=settings.durability)
+        self._blame = Blame(config, self._shards, code_of(parties))
         self._writer = Writer("shards")
         self._epoll = epoll()
         self._epoll.register(self._writer.fd, EPOLLIN)
@@ -74,18 +106,33 @@ class Host:
         self._incarnation = secrets.randbits(63)
         self._link = Link()
         self._decoder = StreamDecoder()
+        #: What the gateway's answer to our greeting asks for, behind all that it does not know.
+        self._token = 0
         #: Decoded, and next to be taken.
         self._message: list[Any] | None = None
         self._outgoing = bytearray()
         self._out: list[list[Any]] = []
         self._out_edits: list[tuple[Cell, Connection]] = []
+        #: Shard and number of the rows among `_out`.
+        self._out_rows: list[tuple[int, int]] = []
+        #: By connection: the message with its newest result that is in no row; and the newest message whose
+        #: acknowledgement was asked for.
+        self._said: dict[int, int] = {}
+        self._asked = 0
+        #: Rows that the gateway has been sent and has not acknowledged, with the number of their message.
+        self._sent_rows: deque[tuple[int, int, int]] = deque()
         #: Values that the gateway has been sent and has not acknowledged, with the number of their message.
         self._sent_edits: deque[tuple[int, Cell, Connection]] = deque()
         self._questions: dict[int, trio.lowlevel.Task] = {}
         self._question = 0
         self.turn_count = 0
         inline = settings.durability == "os"
-        self._commits = Commits(self._shards, config.shard_count, self._writer, inline, self._released)
+        self._commits = Commits(
+            self._shards, config.shard_count, self._writer, inline, self._released, self._paused, self._ready
+        )
+        self._nursery: trio.Nursery
+        self._retrying = False
+        self._executed = trio.Event()
         self._pool = Pool(
             settings,
             self,
@@ -93,8 +140,9 @@ class Host:
             wait=self._wait,
             receive=self._receive,
             flush=self._flush,
-            is_full=lambda: len(self._outgoing) > OUTGOING_BYTES_MAX,
+            is_full=self._is_full,
             is_deserted=self._is_deserted,
+            running=self._blame.running,
         )
         self._turns = Turns(self._finish, self._pool.suspended, dev=config.dev)
         self._pool.turns = self._turns
@@ -110,61 +158,123 @@ class Host:
             self._flush,
         )
         self._turns.exchanges = self._exchanges
+        self._blame.attach(
+            self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
+        )
+        self._commits.absolve = self._blame.running.absolve
+        for index, shard in self._shards.items():
+            for row, items in shard.rows():
+                self._put_row(index, row, items)
 
     # --- Life of the process ----------------------------------------------------------------------
 
     async def run(self) -> None:
         """Serve until SIGTERM; then end the turns under way, release their effects, and return."""
-        watchdog = Watchdog(lambda: self._pool.active, trio.lowlevel.current_trio_token())
+        watchdog = Watchdog(
+            lambda: self._pool.active, trio.lowlevel.current_trio_token(), self._blame.running.blocked
+        )
         watchdog.start()
+        ended_well = False
         try:
             async with trio.open_nursery() as nursery:
+                self._nursery = nursery
                 nursery.start_soon(self._serve_gateways)
+                nursery.start_soon(self._beat)
+                nursery.start_soon(self._tidy)
                 with trio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:
                         break
                 await self._retire()
+                ended_well = True
                 nursery.cancel_scope.cancel()
+            self._writer.close()
+            self._commits.close()
         finally:
             watchdog.stop()
+            if ended_well:
+                self._blame.running.close()
             self._writer.close()
             for shard in self._shards.values():
                 shard.close()
 
+    async def _beat(self) -> None:
+        """Show the supervisor that the loop goes round: it kills a host that does not (S23)."""
+        os.set_blocking(self.config.status_fd, False)  # a supervisor that does not read costs nothing here
+        while True:
+            report(self.config.status_fd, "beat")
+            await trio.sleep(BEAT_SECONDS)
+
     async def _serve_gateways(self) -> None:
         """Find the gateway, serve it, and find the next one when it has gone."""
         while True:
-            if self._connect():
+            link = await self._connect()
+            if link is not None:
+                self._serve(link)
                 await self._pool.run()
                 self._forget()  # also what was still said while tasks came to their end
+                await self._finish_commits()
             await trio.sleep(RECONNECT_SECONDS)
 
-    def _connect(self) -> bool:
+    async def _connect(self) -> socket.socket | None:
+        """Greet a gateway and take its answer. None: there is none, or it has gone again."""
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        greeting = memoryview(
+            encode(
+                {
+                    "role": "host",
+                    "version": wire.VERSION,
+                    "index": self.config.index,
+                    "pid": os.getpid(),
+                    "incarnation": self._incarnation,
+                    "acknowledged": self._link.acknowledged,
+                    "shards": list(self.config.shards),
+                    "generations": {index: shard.generation for index, shard in self._shards.items()},
+                    "shard_count": self.config.shard_count,
+                    "parties": self._descriptions,
+                }
+            )
+        )
+        decoder = StreamDecoder(WELCOME_BYTES_MAX)
         try:
             link.connect(os.fspath(self.config.data / "gateway.sock"))
+            while greeting:
+                await trio.lowlevel.wait_writable(link)
+                greeting = greeting[link.send(greeting) :]
+            while (welcome := next(decoder, None)) is None:
+                await trio.lowlevel.wait_readable(link)
+                data = link.recv(WELCOME_BYTES_MAX)
+                if not data:
+                    raise ConnectionResetError
+                decoder.feed(data)
         except OSError:
             link.close()
-            return False
-        self._socket = link
-        self._link = Link()
-        self._decoder = StreamDecoder()
+            return None
+        except BaseException:
+            link.close()
+            raise
+        if "error" in welcome:
+            link.close()
+            log.critical("the gateway turns this host away", reason=welcome["error"])
+            raise LinkError(welcome["error"])
+        self._decoder = decoder.rest()
         self._message = None
-        self._outgoing += encode(
-            {
-                "role": "host",
-                "version": wire.VERSION,
-                "index": self.config.index,
-                "pid": os.getpid(),
-                "incarnation": self._incarnation,
-                "shards": list(self.config.shards),
-                "shard_count": self.config.shard_count,
-                "parties": self._descriptions,
-            }
-        )
+        self._link.resume(welcome["received"])
+        self._acknowledged()
+        self._token = welcome["token"]
+        return link
+
+    def _serve(self, link: socket.socket) -> None:
+        """Say again what the gateway does not know, then that this was all (H7)."""
+        self._socket = link
+        self._asked = 0
         self._epoll.register(link.fileno(), EPOLLIN)
-        self._write_on()
-        return True
+        for data in self._link.unacknowledged():
+            self._write(data)
+        if self._pool.retiring:
+            self._out_put([wire.RETIRE])
+        self._out_put([wire.SYNCED, self._token])
+        self._blame.greet()  # behind that, where the gateway forgets what a former host has said
+        self._send()
 
     def _disconnected(self) -> None:
         """The gateway has gone: the next one delivers again what was not acknowledged."""
@@ -177,16 +287,30 @@ class Host:
         self._pool.forget()
 
     def _forget(self) -> None:
-        """Nothing of what was meant for a former gateway is said to the next, whose numbers mean other
-        things.
+        """Of what was meant for a former gateway only the results of turns are said to the next, whose
+        numbers mean other things; and it knows all values that they leave with it.
         """
         self._outgoing.clear()
-        self._out.clear()
+        self._out = [item for item in self._out if item[0] in _RESULTS]
         self._out_edits.clear()
         self._sent_edits.clear()
         self._questions.clear()
         self._commits.forget()
         self._exchanges.forget()
+
+    async def _finish_commits(self) -> None:
+        """Let the results of the turns that have ended become ready to leave, however long the disk takes;
+        but not those before which the next gateway has to be told something.
+        """
+        self._commits.end_round()
+        while self._commits.writing:
+            await trio.lowlevel.wait_readable(self._writer.fd)
+            self._commits.completed()
+            self._commits.end_round()
+        if not self._commits.idle:
+            # They wait for what only the next gateway can acknowledge. But their rooms are gone, and begin
+            # again from what is on disk.
+            self._commits.abandon()
 
     async def _retire(self) -> None:
         """Start no more turns, let those under way end within `drain`, and let their effects leave. What has
@@ -202,10 +326,47 @@ class Host:
             while not self._commits.idle or self._has_words_left():  # noqa: ASYNC110
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
+        await self._finish_commits()
 
     def _has_words_left(self) -> bool:
-        """Whether something waits to be sent, and there is a gateway to send it to."""
-        return self._socket is not None and bool(self._out or self._outgoing)
+        """Whether something waits to be sent or acknowledged, and there is a gateway for it."""
+        return self._socket is not None and bool(self._out or self._outgoing or self._sent_rows)
+
+    def _is_full(self) -> bool:
+        return len(self._outgoing) > OUTGOING_BYTES_MAX or self._commits.waiting_bytes > STAGED_BYTES_MAX
+
+    # --- The outbox, and a disk that takes nothing ------------------------------------------------
+
+    async def _tidy(self) -> None:
+        """Keep no executed rows in the outbox when no commit comes that takes them out."""
+        while True:
+            await self._executed.wait()
+            self._executed = trio.Event()
+            while self._commits.untidy:
+                count = self._commits.count
+                await trio.sleep(TIDY_SECONDS)
+                if count == self._commits.count:
+                    self._commits.tidy()
+
+    def _paused(self, reason: str | None) -> None:
+        """The disk refuses a commit, or takes it again (S36)."""
+        self._out_put([wire.PAUSED, reason])
+        if reason is None:
+            self._pool.go_on()
+            return
+        self._pool.paused = True
+        if not self._retrying:
+            self._retrying = True
+            self._nursery.start_soon(self._retry)
+
+    async def _retry(self) -> None:
+        """Try to commit until the disk takes it."""
+        delay = RETRY_FIRST_SECONDS
+        while self._commits.paused is not None:
+            await trio.sleep(delay)
+            delay = min(2 * delay, RETRY_LAST_SECONDS)
+            self._commits.retry()
+        self._retrying = False
 
     # --- What turns produce -----------------------------------------------------------------------
 
@@ -222,10 +383,30 @@ class Host:
         undo = room._undo
         if not cell.gate:
             self._out.append(result)
+            if result[0] != wire.EFFECTS:
+                self._said[result[2]] = self._link.sent + 1
             if undo:
                 self._out_edits.extend(self._edits(cell, room))
         else:
-            self._commits.hold(cell, result, self._edits(cell, room) if undo else [])
+            self._commits.hold(cell, result, self._edits(cell, room) if undo else [], room._bytes)
+
+    def _ready(self, batch: Batch) -> bool:
+        """Whether the gateway has what the connections of a batch did before without writing (H8)."""
+        said = self._said
+        if not said:
+            return True
+        known = self._link.acknowledged
+        if known == self._link.sent and not self._out:
+            said.clear()
+            return True
+        for results in batch.results.values():
+            for result in results:
+                if result[0] in _OF_CONNECTIONS and said.get(result[2], 0) > known:
+                    if self._asked < self._link.sent and self._socket is not None:
+                        self._asked = self._link.sent
+                        self._write(self._link.acknowledgement_request())
+                    return False
+        return True
 
     def _edits(self, cell: Cell, room: Room) -> list[tuple[Cell, Connection]]:
         """The connections that a turn has changed: their values here are the newest until the gateway says
@@ -238,22 +419,43 @@ class Host:
 
     def _released(self, batch: Batch) -> None:
         """A batch is on disk: its results leave."""
-        self._out.extend(batch.results)
+        for shard, rows in batch.rows.items():
+            for row, items in rows:
+                self._put_row(shard, row, items)
+        self._out.extend(batch.late)
+        for result in batch.late:
+            if result[0] in _OF_CONNECTIONS:
+                self._said[result[2]] = self._link.sent + 1
         self._out_edits.extend(batch.edits)
         for cell in batch.cells:
             self._pool.forget_if_idle(cell)
 
+    def _put_row(self, shard: int, row: int, items: bytes) -> None:
+        self._out.append([wire.ROW, shard, row, items])
+        self._out_rows.append((shard, row))
+
     def _flush(self) -> None:
-        """End of a round: start the commit of what was staged, and send what may leave."""
+        """End of a round: send what may leave, and start the commit of what was staged."""
+        self._send()
         self._commits.end_round()
+        self._send()
+
+    def _send(self) -> None:
+        """Send what may leave, as one message."""
         if not self._out or self._socket is None:
             return
         items, self._out = self._out, []
+        first = self._link.sent + 1
         data = self._link.pack(items)
+        sequence = self._link.sent
+        if sequence != first:  # it went in several messages
+            self._said.update((who, sequence) for who, number in self._said.items() if number == first)
         if self._out_edits:
-            sequence = self._link.sent
             self._sent_edits.extend((sequence, cell, connection) for cell, connection in self._out_edits)
             self._out_edits.clear()
+        if self._out_rows:
+            self._sent_rows.extend((sequence, shard, row) for shard, row in self._out_rows)
+            self._out_rows.clear()
         self._write(data)
 
     # --- The link ---------------------------------------------------------------------------------
@@ -303,9 +505,11 @@ class Host:
         for descriptor, happened in self._epoll.poll(0):
             if descriptor == self._writer.fd:
                 self._commits.completed()
+                self._flush()
                 continue
             if happened & EPOLLOUT:
                 self._write_on()
+                self._flush()
             if happened & ~EPOLLOUT and self._message is None and not self._read():
                 return
         message, self._message = self._message or next(self._decoder, None), None
@@ -318,7 +522,7 @@ class Host:
             self._write(b"".join(numbers.unacknowledged()))
         for item in numbers.take(message):
             self._arrived(item)
-        if self._sent_edits:
+        if self._sent_edits or self._sent_rows:
             self._acknowledged()
 
     def _read(self) -> bool:
@@ -338,8 +542,16 @@ class Host:
         return True
 
     def _acknowledged(self) -> None:
-        """The gateway knows values up to here: what it says from now on is the newest again."""
-        sent, newest = self._sent_edits, self._link.acknowledged
+        """The gateway has executed results up to here, so they need no row; and what it says of connections
+        from now on is the newest again.
+        """
+        newest, rows = self._link.acknowledged, self._sent_rows
+        if rows and rows[0][0] <= newest:
+            while rows and rows[0][0] <= newest:
+                _, shard, row = rows.popleft()
+                self._commits.executed(shard, row)
+            self._executed.set()
+        sent = self._sent_edits
         while sent and sent[0][0] <= newest:
             _, cell, connection = sent.popleft()
             cell.edited -= 1
@@ -371,7 +583,11 @@ class Host:
         elif kind == wire.CANCEL:
             self._exchanges.cancel(item[1])
         elif kind == wire.ASK:
-            self._out.append([wire.ANSWER, item[1], self._answer(item[2], item[3])])
+            number = item[1]
+            if not self._blame.answer(
+                item[2], item[3], lambda value: self._out.append([wire.ANSWER, number, value])
+            ):
+                self._out.append([wire.ANSWER, number, self._answer(item[2], item[3])])
 
     def _answer(self, question: str, argument: Any) -> Any:
         """Answer a question of the admin commands; wakes no room."""
@@ -387,6 +603,8 @@ class Host:
             "turns": self.turn_count,
             "failed_turns": self._turns.failed,
             "commits": self._commits.count,
+            "paused": self._commits.paused,
+            **self._blame.counts(),
         }
 
     # --- What `room.Backstage` promises -----------------------------------------------------------

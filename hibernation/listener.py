@@ -19,6 +19,7 @@ __all__ = [
     "bind_listener",
     "raise_file_limit",
     "remove_stale_socket",
+    "require_address",
 ]
 
 LISTEN_BACKLOG = 4096
@@ -77,6 +78,23 @@ def _listen(listener: socket.socket, address: Any, receive_buffer_bytes: int) ->
         listener.close()
         raise
     return listener
+
+
+def require_address(listener: socket.socket, host: str, port: int) -> None:
+    """See that a listener which was taken over is bound where the operator wants it; port 0 is any.
+
+    Raises `StartError`: an address can only be changed by a stop and a start.
+    """
+    bound = listener.getsockname()[:2]
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise StartError(f"no address is known for {host!r}: {error}") from error
+    if not any(bound[0] == address[0] and port in (0, bound[1]) for *_, address in found):
+        raise StartError(
+            f"the instance that is to be taken over listens at {bound[0]} port {bound[1]}, not at "
+            f"{host or 'all addresses'} port {port}; give that address, or end it first with broker stop"
+        )
 
 
 def raise_file_limit() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from structlog.typing import FilteringBoundLogger, Processor
 
-__all__ = ["configure", "get_logger", "hide_secrets", "protect_standard_streams"]
+__all__ = ["configure", "get_logger", "hide_secrets", "protect_standard_streams", "why"]
 
 SECRET_WORDS = ("token", "secret", "password", "authorization", "cookie", "variables", "environ")
 """A field whose name holds one of these is logged without its value."""
@@ -96,6 +96,11 @@ def get_logger(name: str) -> FilteringBoundLogger:
     """Give the logger called `name`; may be made at import, before `configure`."""
     logger: FilteringBoundLogger = structlog.get_logger(name)
     return logger
+
+
+def why(reason: str) -> dict[str, str]:
+    """Give a reason as a field of a log line; one of several lines stands below it, as tracebacks do."""
+    return {"exception" if "\n" in reason else "reason": reason}
 
 
 class _Name:

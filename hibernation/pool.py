@@ -17,6 +17,7 @@ import random
 import resource
 from collections import deque
 from collections.abc import Awaitable, Callable
+from math import inf
 from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, Protocol
@@ -24,11 +25,15 @@ from weakref import WeakValueDictionary
 
 import trio
 
+from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
 from hibernation.memory import Trimmer
+from hibernation.probation import HEAD_START_SECONDS, Errand, Probation
 from hibernation.room import Backstage, Room
+from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
+from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
 from hibernation.suspension import watched
 
 #: Rooms whose last waking is remembered, for `broker rooms` and the admin pages.
@@ -42,6 +47,10 @@ CLOCK_SECONDS: Final = 0.05
 PARKED_MAX: Final = 64
 #: How often, at most, a room that stays while it has connections asks whether it has.
 DESERTED_SECONDS: Final = 0.5
+#: How often it is looked whether what waits during probation may begin.
+LOOK_SECONDS: Final = 0.25
+#: Characters of the reason why a room is in quarantine.
+REASON_MAX: Final = 500
 #: How often the memory of the process is looked at.
 MEMORY_SECONDS: Final = 1.0
 
@@ -54,6 +63,11 @@ class Turns(Protocol):
 
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
         """End a turn that was cancelled from inside."""
+
+    async def give_up(
+        self, cell: Cell, worker: Worker, event: Event, suspect: Suspect, *, silent: bool
+    ) -> None:
+        """End an event that has had its tries, without its hook."""
 
     def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
         """The effects of `on_start` may leave when its writes are on disk."""
@@ -74,6 +88,7 @@ class Pool:
         flush: Lets leave what turns have produced.
         is_full: Whether what has been produced has to leave before more is.
         is_deserted: Whether a room has no connection.
+        running: Where turns in progress are noted.
     """
 
     def __init__(
@@ -87,6 +102,7 @@ class Pool:
         flush: Callable[[], None],
         is_full: Callable[[], bool],
         is_deserted: Callable[[str], Awaitable[bool]],
+        running: Running | None = None,
     ) -> None:
         self._settings = settings
         self._backstage = backstage
@@ -97,6 +113,13 @@ class Pool:
         self._is_full = is_full
         self._is_deserted = is_deserted
         self.turns: Turns
+        self.running = running or Running()
+        #: Only while something is suspected of having ended a host.
+        self.probation: Probation | None = None
+        self._postponed: list[Errand] = []
+        #: Rooms that do not start, and why; and who is told.
+        self.quarantined: dict[str, str] = {}
+        self.on_quarantine: Callable[[Cell, str], None] = lambda _cell, _reason: None
         self.cells: dict[str, Cell] = {}
         self._ready: deque[Cell] = deque()
         self._workers: set[Worker] = set()
@@ -110,6 +133,9 @@ class Pool:
         self._trimmer = Trimmer()
         #: No turn is started any more.
         self.retiring = False
+        #: No turn of a room whose writes are not on disk is started; and the rooms that wait for that.
+        self.paused = False
+        self._held: list[Cell] = []
         self.awake = 0
         self.wakes = 0
         self.evictions = 0
@@ -123,15 +149,21 @@ class Pool:
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._clock)
             self._nursery.start_soon(self._work)
+            if self.probation is not None:
+                self.suspect(self.probation)
         self._clear()
 
     def spawn(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
-        """Run something beside the rooms, for as long as the pool runs."""
-        assert self._nursery is not None
+        """Run something beside the rooms, for as long as the pool runs; nothing, if it does not run."""
+        if self._nursery is None:
+            return
+        if self.probation is not None and self.probation.holds:
+            self._postponed.append(Errand(function, arguments))
+            return
         self._nursery.start_soon(function, *arguments)
 
     async def _work(self) -> None:
-        worker = Worker()
+        worker = Worker(self.running.take())
         worker.task = trio.lowlevel.current_task()
         self._workers.add(worker)
         try:
@@ -144,15 +176,28 @@ class Pool:
                         await self._end_cancelled(worker.cell, worker, worker.event)
                     if await self._rounds(worker):
                         return
-        finally:
+        except Exception:
+            # A fault of ours: what this worker ran stays noted, since it is what ends the host.
             self._workers.discard(worker)
+            raise
+        finally:
+            if worker in self._workers:
+                self._workers.discard(worker)
+                self.running.give_back(worker.note)
 
     async def _rounds(self, worker: Worker) -> bool:
         """Work until cancelled. True: there are workers enough without this one."""
         ready = self._ready
         while True:
             while ready and not self._is_full():
-                await self._burst(ready.popleft(), worker)
+                if self.probation is None:
+                    cell = ready.popleft()
+                else:
+                    chosen = self.probation.pick(ready, self._is_busy, self.running.others)
+                    if chosen is None:
+                        break
+                    cell = chosen
+                await self._burst(cell, worker)
                 if worker.cancelled:  # by somebody else, while the turn went on
                     return False
             self._flush()
@@ -203,22 +248,106 @@ class Pool:
         self._ready.clear()
         for cell in self.cells.values():
             cell.events.clear()
+            cell.scheduled = False
 
     def forget(self) -> None:
         """The gateway has gone, and will deliver again what was not acknowledged: start from nothing."""
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
         self._nursery = None
+        for worker in self._workers:  # whatever becomes of its turn, no other begins behind it
+            if worker.cell is not None:
+                worker.cell.events.clear()
         self._clear()
+
+    def go_on(self) -> None:
+        """The disk takes writes again."""
+        self.paused = False
+        for cell in self._held:
+            cell.held = False
+        self._ready.extend(self._held)
+        self._held.clear()
+        if self._ready:
+            self.activate()
 
     def _clear(self) -> None:
         self.cells.clear()
         self._ready.clear()
         self._parked.clear()
+        self._held.clear()
         self._idle.clear()
         self._retries.clear()
         self._waiting = False
         self.awake = 0
+        self._postponed.clear()
+
+    # --- Probation --------------------------------------------------------------------------------
+
+    def suspect(self, probation: Probation) -> None:
+        """Run what is suspected alone, until nothing is left to be judged."""
+        self.probation = probation
+        if self._nursery is not None:
+            probation.begin()
+            self._nursery.start_soon(self._watch_probation, probation)
+
+    async def _watch_probation(self, probation: Probation) -> None:
+        """Forget what does not come, and wake a worker for what had to wait."""
+        await trio.sleep(HEAD_START_SECONDS)
+        expires_at = monotonic() + self._settings.probation_seconds - HEAD_START_SECONDS
+        forgotten_at = monotonic() + REMEMBER_SECONDS
+        while self.probation is probation:
+            if monotonic() >= expires_at:
+                probation.expire(blamed=monotonic() >= forgotten_at)
+            self.look_on()
+            await trio.sleep(LOOK_SECONDS)
+
+    def look_on(self) -> None:
+        """Something has ended, or come, during probation: let begin what may."""
+        probation = self.probation
+        if probation is not None and probation.over:
+            probation = self.probation = None
+        if probation is None or not probation.holds:
+            postponed, self._postponed = self._postponed, []
+            for errand in postponed:
+                self.spawn(errand.function, *errand.arguments)
+        else:
+            alone = probation.take_errand(self._is_busy, self.running.others)
+            if alone is not None:
+                assert self._nursery is not None
+                self._nursery.start_soon(self._run_alone, probation, alone)
+        self.activate()
+
+    async def _run_alone(self, probation: Probation, errand: Errand) -> None:
+        await errand.function(*errand.arguments)
+        probation.rested(errand)
+        self.look_on()
+
+    def _is_busy(self) -> bool:
+        return self.busy
+
+    # --- Quarantine -------------------------------------------------------------------------------
+
+    def quarantine(self, cell: Cell, reason: str) -> None:
+        """Start this room no more (S4): its events wait."""
+        cell.retry_at = inf
+        self._retries.discard(cell)
+        self.quarantined[cell.key] = reason
+        self.on_quarantine(cell, reason)
+
+    def release(self, key: str) -> bool:
+        """Try this room again. False: it is not in quarantine."""
+        if self.quarantined.pop(key, None) is None:
+            return False
+        cell = self.cells.get(key)
+        if cell is not None:
+            cell.failures = 0
+            cell.retry_at = 0.0
+            if cell.events:
+                self._schedule(cell)
+                self.activate()
+            else:
+                self.forget_if_idle(cell)
+        return True
 
     # --- Rooms ------------------------------------------------------------------------------------
 
@@ -228,10 +357,18 @@ class Pool:
         if cell is None:
             cell = self.cells[key] = Cell(key, kind)
             cell.events.append(event)
-            self._ready.append(cell)
-            return
-        cell.events.append(event)
-        self._schedule(cell)
+            if self.quarantined and key in self.quarantined:
+                cell.retry_at = inf
+                cell.scheduled = False
+            else:
+                self._ready.append(cell)
+        else:
+            cell.events.append(event)
+            self._schedule(cell)
+        if self.probation is not None:
+            if event[0] == wire.CLOSE:
+                self.probation.close_came(event[3])
+            self.probation.arrived(cell, event)
 
     def _schedule(self, cell: Cell) -> None:
         if not cell.running and not cell.scheduled and not cell.retry_at and not self.retiring:
@@ -240,6 +377,12 @@ class Pool:
 
     async def _burst(self, cell: Cell, worker: Worker) -> None:
         """Give a room its turns: construct it if need be, drain its events, let it go (S24)."""
+        if cell.gate and self.paused:
+            cell.held = True
+            self._held.append(cell)  # and stays scheduled
+            if self.probation is not None:
+                self._rested(self.probation, cell)
+            return
         cell.scheduled = False
         if self.retiring:
             return
@@ -248,6 +391,8 @@ class Pool:
         if cell.server is not None or self._construct(cell, worker):
             if not cell.started and not await self._start(cell, worker):
                 self._rest(cell, worker)
+                if self.probation is not None:
+                    self._rested(self.probation, cell)
                 return
             events = cell.events
             budget = self._settings.turns_per_room_burst
@@ -259,31 +404,75 @@ class Pool:
             self.active = cell.key
             while events and budget:
                 budget -= 1
+                probation = self.probation
+                if probation is not None and not probation.may_begin(cell):
+                    break
                 worker.event = event = events.pop(0)
                 worker.started = monotonic()
-                await run(cell, worker, event)
-                if room._evict or worker.cancelled:
+                if probation is None:
+                    await run(cell, worker, event)
+                else:
+                    await self._run_judged(probation, cell, worker, event)
+                if room._evict or worker.cancelled or (cell.gate and self.paused):
                     break
         self._rest(cell, worker)
+        if self.probation is not None:
+            self._rested(self.probation, cell)
+
+    async def _run_judged(self, probation: Probation, cell: Cell, worker: Worker, event: Event) -> None:
+        """Run an event's turn, or end it without if it has had its tries."""
+        verdict = probation.judge(event)
+        mark = mark_of(event)
+        if mark is None or verdict in (Verdict.RUN, Verdict.ALONE):
+            await self.turns.run(cell, worker, event)
+        else:
+            suspect = probation.suspects.by_mark[mark]
+            silent = verdict is Verdict.GIVE_UP_SILENTLY
+            await self.turns.give_up(cell, worker, event, suspect, silent=silent)
+        probation.ended(cell, mark)
+
+    def _may_start(self, cell: Cell) -> bool:
+        """Whether a room may be started: not if doing so has ended one host after the other (S23)."""
+        if self.probation is None or self.probation.judge_start(cell) in (Verdict.RUN, Verdict.ALONE):
+            return True
+        mark = mark_of_start(cell.key)
+        suspect = self.probation.suspects.by_mark[mark]
+        self.probation.ended(cell, mark)
+        self.quarantine(cell, f"starting it ended its host {suspect.deaths} times: {suspect.reason}")
+        return False
+
+    def _started(self, cell: Cell) -> None:
+        """A start has come to its end, well or not."""
+        if self.probation is not None:
+            self.probation.ended(cell, mark_of_start(cell.key))
 
     def _construct(self, cell: Cell, worker: Worker) -> bool:
         """Make the room's object. False: its `__init__` failed, and is tried again later (S4)."""
+        if self.probation is not None and not self._may_start(cell):
+            return False
         worker.event = []
         worker.hook = "__init__"
-        room = Room(self._backstage, cell.key, cell.kind.settings, self._env, cell.connections, cell.pending)
+        kind = cell.kind
+        if kind.notes_start:
+            note = worker.note
+            note[0], note[1] = 0, mark_of_start(cell.key)[1]
+            note[0] = STARTING
+        room = Room(self._backstage, cell.key, kind.settings, self._env, cell.connections, cell.pending)
         if cell.pending_cleared:
             room._pending_cleared = True
         cell.room = room
         try:
-            cell.server = cell.kind.cls(room)
+            cell.server = kind.cls(room)
         except BaseException as error:  # noqa: BLE001 - room code may raise anything; nothing is awaited
             self._start_failed(cell, error)
             return False
         for connection in cell.connections.values():
             connection._room = room
-        cell.started = not cell.kind.starts
+        cell.started = not kind.starts
         if cell.started:
             cell.failures = 0
+            if self.probation is not None:
+                self._started(cell)
         self.awake += 1
         self.wakes += 1
         recent = self._recent
@@ -305,7 +494,8 @@ class Pool:
             with trio.move_on_after(seconds) as deadline:  # noqa: ASYNC912 - it is the user's hook that waits
                 result = cell.server.on_start()
                 if type(result) is CoroutineType:
-                    await watched(result, self.suspended)
+                    worker.running = result
+                    await watched(result, self.suspended, worker.waiting)
             if deadline.cancelled_caught:
                 raise TurnTimeout("on_start", seconds, "start_timeout")
         except trio.Cancelled:
@@ -317,6 +507,7 @@ class Pool:
             return False
         cell.started = True
         cell.failures = 0
+        self._started(cell)
         self.turns.finish_start(cell, room, effects)
         return True
 
@@ -325,10 +516,23 @@ class Pool:
         assert cell.room is not None
         cell.room._discard()
         cell.room = cell.server = None
+        self._started(cell)
+        now = monotonic()
+        if not cell.failures:
+            cell.failing_since = now
         cell.failures += 1
+        settings = cell.kind.settings
+        failing_seconds = now - cell.failing_since
+        if cell.failures >= settings.start_tries or failing_seconds >= settings.start_seconds:
+            self.turns.log_failure("room does not start: it is in quarantine", cell, error)
+            self.quarantine(
+                cell,
+                f"it failed to start {cell.failures} times: {type(error).__name__}: {error}"[:REASON_MAX],
+            )
+            return
         delay = min(RETRY_FIRST_SECONDS * 2 ** (cell.failures - 1), RETRY_LAST_SECONDS)
         delay *= random.uniform(0.75, 1.25)
-        cell.retry_at = monotonic() + delay
+        cell.retry_at = now + delay
         self._retries.add(cell)
         self._clock_wanted.set()
         self.turns.log_failure("room does not start", cell, error, retry_seconds=round(delay, 2))
@@ -337,17 +541,27 @@ class Pool:
         if event:
             worker.started = monotonic()
             await self.turns.cancelled(cell, worker, event)
+            if self.probation is not None:
+                self.probation.ended(cell, mark_of(event))
         elif cell.room is not None:
             self.awake -= 1
             self._start_failed(
                 cell, TurnTimeout("on_start", cell.kind.settings.start_timeout, "start_timeout")
             )
         self._rest(cell, worker)
+        if self.probation is not None:
+            self._rested(self.probation, cell)
+
+    def _rested(self, probation: Probation, cell: Cell) -> None:
+        """A burst is over during probation."""
+        if probation.rested(cell) or probation.has_errands:
+            self.look_on()
 
     def _rest(self, cell: Cell, worker: Worker) -> None:
         """The room's burst is over, or its share of it: schedule it again, keep it, or evict it (S6)."""
         cell.running = False
-        worker.cell = None
+        worker.cell = worker.running = None
+        worker.note[0] = 0
         if cell.retry_at:
             return
         room = cell.room

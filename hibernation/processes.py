@@ -1,7 +1,7 @@
 """The list of an instance's processes, kept in its data directory for those who come after the supervisor.
 
 Owns `processes.json`. A supervisor may die while its children go on serving (S34): the list is how
-`broker stop` finds them, and how a second start learns that they are there. A process id alone proves
+`broker stop` finds them, and how a second start finds what it takes over. A process id alone proves
 nothing, since the kernel uses it again; with the time of the process's start it does.
 """
 
@@ -47,6 +47,22 @@ class ProcessList:
             ]
         except (OSError, ValueError, TypeError):
             return []
+
+    def open_surviving(self) -> list[tuple[str, int, int]]:
+        """Give name, process id and pidfd of those listed that still run. The caller closes the pidfds, each
+        of which means that one process for as long as it is open.
+        """
+        opened: list[tuple[str, int, int]] = []
+        for name, pid in self.surviving():
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                continue
+            if (name, pid) in self.surviving():  # it still is the one that was listed
+                opened.append((name, pid, pidfd))
+            else:
+                os.close(pidfd)
+        return opened
 
 
 def started_at_ticks(pid: int) -> int | None:

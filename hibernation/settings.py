@@ -286,6 +286,22 @@ class Settings:
         "Memory of one host beyond which any room without work goes, also where `hibernate` is False.",
         rules=("S6",),
     )
+    start_tries: int = _count(
+        6,
+        1,
+        1000,
+        "Attempts to start a room, all failed, after which it is quarantined.",
+        scope="room",
+        rules=("S4",),
+    )
+    start_seconds: float = _seconds(
+        90.0,
+        0.1,
+        86_400.0,
+        "How long after its first failed start a room that still does not start is quarantined.",
+        scope="room",
+        rules=("S4",),
+    )
     drain: float = _seconds(
         30.0,
         0.0,
@@ -340,6 +356,28 @@ class Settings:
         "How long one turn may take before it is cancelled and what it has staged is discarded.",
         scope="room",
         rules=("S20",),
+    )
+    redelivery_tries: int = _count(
+        3,
+        1,
+        1000,
+        "Hosts that an event may end, being alone in progress, before it becomes a dead letter.",
+        rules=("S23",),
+    )
+    probation_seconds: float = _seconds(
+        30.0,
+        0.5,
+        3600.0,
+        "How long a new host waits for the events that may have ended the one before it, to run them alone.",
+        rules=("S23",),
+    )
+    hang_timeout: float | None = _seconds(
+        10.0,
+        2.0,
+        3600.0,
+        "Silence of a gateway's or a host's loop after which the process is killed and started again.",
+        none_means="it is never killed",
+        rules=("S5", "S23"),
     )
     turn_bytes_max: int = _bytes(
         16 * MIB,

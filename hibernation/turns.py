@@ -8,18 +8,29 @@ to `finish` of the host. Peers: `hibernation.pool`, which gives each room one tu
 import traceback
 from collections.abc import Callable
 from types import CoroutineType
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import trio
+from cbor2 import loads
 
 from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
-from hibernation.errors import TurnTimeout
+from hibernation.errors import DeadLetter, TurnTimeout
 from hibernation.logs import get_logger
 from hibernation.room import Connection, ConnectionContext, Room, check_tags
+from hibernation.running import CLOSING, CONNECTING, OTHER, REPLAY, REPLAYING, mark_of
+from hibernation.suspects import Suspect
 from hibernation.suspension import carry_on, watched
+from storage.blame import Letter
 
 log = get_logger("host")
+
+#: What an event is called, and the hook that it is for.
+_NAMES: Final = {
+    wire.CONNECT: ("connect", "on_connect"),
+    wire.MESSAGE: ("message", "on_message"),
+    wire.CLOSE: ("close", "on_close"),
+}
 
 
 class Exchanges(Protocol):
@@ -52,6 +63,9 @@ class Turns:
         self.dev = dev
         self.exchanges: Exchanges
         self.failed = 0
+        # Set by the host: an event becomes a dead letter; the turn of a replayed one has ended, or failed.
+        self.bury: Callable[[Cell, Event, Suspect], None]
+        self.replayed: Callable[[Cell, Event, BaseException | None], None]
 
     async def run(self, cell: Cell, worker: Worker, event: Event) -> None:
         """Run one event's turn to its end, well or not. Cancelled: `cancelled` has to end it."""
@@ -68,6 +82,9 @@ class Turns:
                 # the room changes it, and the event may have waited here while it did.
                 connection = connections[number] = Connection(room, slot, number, card, state)
             worker.hook = "on_message"
+            note = worker.note
+            note[1] = end
+            note[0] = number
             try:
                 result = cell.server.on_message(*(data, connection)[: cell.kind.message_parameters])
                 if type(result) is CoroutineType:
@@ -77,7 +94,8 @@ class Turns:
                         pass
                     else:
                         self._suspended()
-                        await carry_on(result, trap)
+                        worker.running = result
+                        await carry_on(result, trap, worker.waiting)
             except trio.Cancelled:
                 raise
             except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -87,13 +105,19 @@ class Turns:
             await self._connect(cell, room, worker, event, effects)
         elif kind == wire.CLOSE:
             await self._close(cell, room, worker, event, effects)
+        elif kind == REPLAY:
+            await self._replay(cell, room, worker, event, effects)
         else:
+            worker.note[1] = 0
+            worker.note[0] = OTHER
             await self.exchanges.turn(cell, room, worker, event, effects)
 
     async def _connect(
         self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]
     ) -> None:
         _, _, slot, number, card, state, request = event
+        worker.note[1] = CONNECTING
+        worker.note[0] = number
         kind = cell.kind
         connection = cell.connections[number] = Connection(room, slot, number, card, state)
         context = ConnectionContext(request)
@@ -101,13 +125,13 @@ class Turns:
         try:
             if "get_connection_tags" in kind.hooks:
                 worker.hook = "get_connection_tags"
-                tags = await self.call(kind, worker.hook, cell.server, connection, context)
+                tags = await self.call(kind, worker, cell.server, connection, context)
                 tags = check_tags(tags or (), kind.settings)
                 if tags:
                     connection._retag(tags)
             if "on_connect" in kind.hooks:
                 worker.hook = "on_connect"
-                await self.call(kind, worker.hook, cell.server, connection, context)
+                await self.call(kind, worker, cell.server, connection, context)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -117,6 +141,8 @@ class Turns:
 
     async def _close(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
         _, _, slot, number, card, state, code, reason, clean, cause = event
+        worker.note[1] = CLOSING
+        worker.note[0] = number
         connection = cell.connections.get(number)
         if connection is None:
             connection = cell.connections[number] = Connection(room, slot, number, card, state)
@@ -124,7 +150,7 @@ class Turns:
         connection._closed = True
         worker.hook = "on_close"
         try:
-            await self.call(cell.kind, worker.hook, cell.server, connection, code, reason, clean)
+            await self.call(cell.kind, worker, cell.server, connection, code, reason, clean)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -132,6 +158,75 @@ class Turns:
         self._finish(cell, room, [wire.CLOSED, slot, number, effects])
         if not connection._edits:
             cell.connections.pop(number, None)
+
+    async def give_up(
+        self, cell: Cell, worker: Worker, event: Event, suspect: Suspect, *, silent: bool
+    ) -> None:
+        """End an event that has ended its host too often (S23): a dead letter, `on_error` once unless
+        `silent`, and the result of a turn that has failed.
+        """
+        room = cell.room
+        assert room is not None
+        self.bury(cell, event, suspect)
+        effects = room._begin()
+        kind, _, slot, number, card, state = event[:6]
+        worker.note[1], worker.note[0] = suspect.mark[1], number
+        connection = cell.connections.get(number)
+        if connection is None:
+            connection = cell.connections[number] = Connection(room, slot, number, card, state)
+        if kind == wire.CLOSE:
+            connection.close_cause = event[9]
+            connection._closed = True
+        name, worker.hook = _NAMES[kind]
+        error = DeadLetter(name, suspect.deaths, suspect.reason)
+        if silent:
+            self.failed += 1
+            self.log_failure(f"a {name} is given up", cell, error, connection=connection)
+        else:
+            effects = await self.fail(cell, room, worker, connection, error)
+        self._end_failed(cell, room, event, effects)
+
+    def _end_failed(self, cell: Cell, room: Room, event: Event, effects: list[Any]) -> None:
+        """The result of a connection's turn that did not go through."""
+        kind, slot, number = event[0], event[2], event[3]
+        if kind == wire.MESSAGE:
+            self._finish(cell, room, [wire.TURN, slot, number, event[6], effects])
+        elif kind == wire.CONNECT:
+            self._finish(cell, room, [wire.CONNECTED, slot, number, True, effects])
+        else:
+            self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+
+    async def _replay(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+        """Run a dead letter's event again. Nobody waits for its acknowledgement, and its connection may have
+        gone.
+        """
+        letter: Letter = event[2]
+        worker.note[1] = mark_of(event)[1]  # type: ignore[index]
+        worker.note[0] = REPLAYING
+        kind, _, slot, number, card, state, *rest = loads(letter.event)
+        connection = cell.connections.get(number)
+        if connection is None:
+            connection = Connection(room, slot, number, card, state)
+        _, worker.hook = _NAMES[kind]
+        arguments: tuple[Any, ...]
+        if kind == wire.MESSAGE:
+            arguments = (rest[1], connection)
+        elif kind == wire.CONNECT:
+            arguments = (connection, ConnectionContext(rest[0]))
+        else:
+            connection.close_cause, connection._closed = rest[3], True
+            arguments = (connection, *rest[:3])
+        failure: BaseException | None = None
+        try:
+            if worker.hook in cell.kind.hooks:
+                await self.call(cell.kind, worker, cell.server, *arguments)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            failure = error
+            effects = await self.fail(cell, room, worker, connection, error)
+        self.replayed(cell, event, failure)
+        self._finish(cell, room, [wire.EFFECTS, effects])
 
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
         """End a turn that was cancelled from inside: it took too long, or the client of its request has
@@ -150,27 +245,29 @@ class Turns:
             self.exchanges.fail(number, effects, error)
             self._finish(cell, room, [wire.EFFECTS, effects])
             return
+        if kind == REPLAY:
+            effects = await self.fail(cell, room, worker, None, error)
+            self.replayed(cell, event, error)
+            self._finish(cell, room, [wire.EFFECTS, effects])
+            return
         slot, number, card, state = event[2:6]
         connection = cell.connections.get(number)
         if connection is None:
             connection = Connection(room, slot, number, card, state)
         effects = await self.fail(cell, room, worker, connection, error)
-        if kind == wire.MESSAGE:
-            self._finish(cell, room, [wire.TURN, slot, number, event[6], effects])
-        elif kind == wire.CONNECT:
-            self._finish(cell, room, [wire.CONNECTED, slot, number, True, effects])
-        else:
-            self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+        self._end_failed(cell, room, event, effects)
 
     def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
         """`on_start` is a turn of its own: its effects leave when its writes are on disk."""
         self._finish(cell, room, [wire.EFFECTS, effects])
 
-    async def call(self, kind: Kind, hook: str, owner: Any, *arguments: Any) -> Any:
-        """Call a hook with as many arguments as it takes; await it if it has to be."""
+    async def call(self, kind: Kind, worker: Worker, owner: Any, *arguments: Any) -> Any:
+        """Call the worker's hook with as many arguments as it takes; await it if it has to be."""
+        hook = worker.hook
         result = getattr(owner, hook)(*arguments[: kind.parameters[hook]])
         if type(result) is CoroutineType:
-            return await watched(result, self._suspended)
+            worker.running = result
+            return await watched(result, self._suspended, worker.waiting)
         return result
 
     async def fail(
@@ -189,7 +286,7 @@ class Turns:
             return effects
         worker.hook = "on_error"
         try:
-            await self.call(cell.kind, worker.hook, cell.server, connection, error)
+            await self.call(cell.kind, worker, cell.server, connection, error)
         except trio.Cancelled:
             raise
         except BaseException as second:  # noqa: BLE001 - room code may raise anything

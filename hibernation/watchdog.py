@@ -1,8 +1,8 @@
 """Notices a handler that blocks the event loop of its host, and says in the log where it stands.
 
 Owns one daemon thread. It asks the loop for a sign of life twice a second; when none comes, it logs the room
-whose turn was begun last and the stack of the loop's thread, once per blockage. It changes nothing and kills
-nothing.
+whose turn was begun last and the stack of the loop's thread, once per blockage, and notes it for the host
+that comes next. It kills nothing: that is the supervisor's, which misses the beat of the same loop.
 """
 
 import sys
@@ -26,11 +26,16 @@ class Watchdog:
     Args:
         active: Tells the room whose turn was begun last, "party/id".
         token: Of the loop to watch.
+        blocked: Called on the watchdog's thread with True when the loop does not answer, with False when it
+            does again.
     """
 
-    def __init__(self, active: Callable[[], str], token: trio.lowlevel.TrioToken) -> None:
+    def __init__(
+        self, active: Callable[[], str], token: trio.lowlevel.TrioToken, blocked: Callable[[bool], None]
+    ) -> None:
         self._active = active
         self._token = token
+        self._blocked = blocked
         self._loop_thread = threading.get_ident()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -53,6 +58,7 @@ class Watchdog:
                 return
             if answered.wait(ANSWER_SECONDS) or self._stopped.is_set():
                 continue
+            self._blocked(True)
             frame = sys._current_frames().get(self._loop_thread)
             stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
             log.error(
@@ -63,4 +69,5 @@ class Watchdog:
             while not answered.wait(ANSWER_SECONDS):
                 if self._stopped.is_set():
                     return
+            self._blocked(False)
             log.warning("the blocked host goes on", room=self._active())

@@ -36,6 +36,19 @@ Results, host to gateway (orders; released by the commit they depend on):
 | QUERY | query number, key, what, argument |
 | ANSWER | question number, value |
 | RETIRE | this host starts no more turns: send nothing, wait for its end |
+| ROW | shard, row number, encoded results: what one commit released, also kept on disk with it |
+| SYNCED | token: all that ended before this link has been said |
+| PAUSED | reason, or None: commits wait for the disk, or do no more |
+
+A link begins with two maps: the host's, which says who it is, and the gateway's answer, `{"received": n,
+"token": t}`, or `{"error": text}` if the host may not serve. The host says again what follows message `n`,
+and what it has read from its shards' outboxes; then SYNCED with that token, which tells it from one that was
+meant
+for a former gateway. Until then the gateway sends no event.
+
+A row's number is the shard's generation times 2**32 and a counter, so it never falls. A gateway carries out a
+ROW only if its number is above all those of the shard that it has carried out.
+| QUARANTINE | key, reason, since: the room does not start; None: it is tried again |
 
 Effects, within a result:
 
@@ -53,7 +66,7 @@ from hashlib import blake2b
 from typing import Final
 
 #: Version of this vocabulary; gateway and host must agree.
-VERSION: Final = 1
+VERSION: Final = 2
 
 CONNECT: Final = 1
 MESSAGE: Final = 2
@@ -77,6 +90,10 @@ FINISH: Final = 27
 QUERY: Final = 28
 ANSWER: Final = 29
 RETIRE: Final = 30
+ROW: Final = 31
+SYNCED: Final = 32
+PAUSED: Final = 33
+QUARANTINE: Final = 34
 
 SEND: Final = 40
 BROADCAST: Final = 41

@@ -17,10 +17,13 @@ Invariants:
         is unknown, and on Linux a later fsync that succeeds proves nothing about earlier writes.
     D6  Nobody but SQLite opens and closes the main file while this process has a connection to it: closing
         any other descriptor of a file drops all record locks of the process on it (fcntl(2)).
+    D7  Of a file whose last writer ended by such an error nothing is used before all of it has been read
+        (`quick_check`). The mark for that is text in the lock file: it takes no new file on a failing disk.
 
 Sources: sqlite.org/wal.html, sqlite.org/pragma.html, sqlite.org/fileformat.html section 1.3.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -59,8 +62,8 @@ WAL_BYTES_KEPT = 8 * 1024 * 1024
 """To this size the log is cut back when it is reset after having grown larger."""
 
 RESERVE_BYTES = 8 * 1024 * 1024
-"""Free space below which no transaction is begun: a full disk stops checkpoints too, and then nothing can be
-freed.
+"""Free space that no transaction may use: a full disk stops checkpoints too, and then the log, which a
+checkpoint would cut back, keeps the disk full. As large as the log usually is.
 """
 
 ROWS_PER_STATEMENT_MAX = 128
@@ -312,6 +315,13 @@ class DatabaseFile:
                 self._reader = open_database(
                     self.path, synchronous=synchronous, cache_kib=read_cache_kib, read_only=True
                 )
+                try:
+                    if self._lock.marked:
+                        self.check()
+                        self._lock.unmark()
+                except BaseException:
+                    self._reader.close()
+                    raise
             except BaseException:
                 self._writer.close()
                 raise
@@ -320,8 +330,12 @@ class DatabaseFile:
             raise
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
+    def transaction(self, size_bytes: int = 0, *, keep_reserve: bool = True) -> Iterator[sqlite3.Connection]:
         """BEGIN IMMEDIATE … COMMIT around the block; any error rolls back.
+
+        Args:
+            size_bytes: about how much it writes. It needs that much twice: in the log, and in the file.
+            keep_reserve: leave `reserve_bytes` of the disk free.
 
         Raises:
             CommitRefused: nothing was written; it may be tried again.
@@ -331,7 +345,8 @@ class DatabaseFile:
         with self._turn:
             if self._failure is not None:
                 raise CommitUnknown(self.path, f"an earlier write failed: {self._failure}")
-            self._require_space()
+            if keep_reserve:
+                self._require_space(2 * size_bytes)
             writer = self._writer
             try:
                 writer.execute("BEGIN IMMEDIATE")
@@ -364,15 +379,17 @@ class DatabaseFile:
     def checkpoint(self) -> None:
         """Carry the log over into the file and empty it. Not on a loop thread: it waits for the disk."""
         with self._turn:
-            if self._failure is not None:
-                return
-            try:
-                self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-            except sqlite3.Error as error:
-                translated = self._failed(error)
-                # A reader in the middle of a query is no failure: the next call does it.
-                if not isinstance(translated, CommitRefused):
-                    raise translated from error
+            if self._failure is None:
+                self._carry_over()
+
+    def _carry_over(self) -> None:
+        try:
+            self._writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        except sqlite3.Error as error:
+            translated = self._failed(error)
+            # A reader in the middle of a query, or a full disk, is no failure: the next call does it.
+            if not isinstance(translated, CommitRefused):
+                raise translated from error
 
     def check(self) -> None:
         """Read the whole file, and raise DatabaseDamaged if it is inconsistent. Not on a loop thread."""
@@ -396,20 +413,28 @@ class DatabaseFile:
         self._writer.close()
         self._lock.release()
 
-    def _require_space(self) -> None:
-        if not self.reserve_bytes:
+    def _require_space(self, needed_bytes: int) -> None:
+        if not self.reserve_bytes or self._free_bytes() >= self.reserve_bytes + needed_bytes:
             return
+        # What the log holds is on the disk twice, or will be: this is what the reserve is for.
+        if self.wal_bytes:
+            self._carry_over()
+        free = self._free_bytes()
+        if free < self.reserve_bytes + needed_bytes:
+            wanted = f" for {needed_bytes:,} more" if needed_bytes > free - self.reserve_bytes > 0 else ""
+            raise CommitRefused(
+                self.path,
+                f"the disk has {free:,} bytes left, too few{wanted} above the reserve of "
+                f"{self.reserve_bytes:,}",
+                "Free some space; it is tried again",
+            )
+
+    def _free_bytes(self) -> int:
         try:
             disk = os.statvfs(self.path.parent)
         except OSError as error:
             raise CommitRefused(self.path, str(error), "Bring the data directory back") from error
-        free = disk.f_bavail * disk.f_frsize
-        if free < self.reserve_bytes:
-            raise CommitRefused(
-                self.path,
-                f"the disk has {free:,} bytes left, under the reserve of {self.reserve_bytes:,}",
-                "Free some space; it is tried again",
-            )
+        return disk.f_bavail * disk.f_frsize
 
     def _roll_back(self) -> None:
         if self._writer.in_transaction:
@@ -417,11 +442,13 @@ class DatabaseFile:
                 self._writer.execute("ROLLBACK")
             except sqlite3.Error as error:
                 self._failure = f"{error} (in ROLLBACK)"
+                self._lock.mark(self._failure)
 
     def _failed(self, error: sqlite3.Error) -> Exception:
         translated = translate(error, self.path)
         if isinstance(translated, CommitUnknown):
             self._failure = translated.reason
+            self._lock.mark(translated.reason)
         return translated
 
 
@@ -460,6 +487,21 @@ class WriteLock:
                 raise DataDirectoryInUse(path, "the database", holder) from None
             raise cannot_use(self._path, error) from error
         WriteLock._held.add(self._path)
+
+    def mark(self, reason: str) -> None:
+        """Tell whoever has it next that the file's last write had an unknown outcome (D7)."""
+        with contextlib.suppress(OSError):  # the disk that fails may be this one
+            os.pwrite(self._descriptor, reason.encode()[:4096], 0)
+
+    def unmark(self) -> None:
+        """The file has been found whole."""
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+
+    @property
+    def marked(self) -> bool:
+        """Whether the last one who had it ended with a mark."""
+        return os.fstat(self._descriptor).st_size > 0
 
     def release(self) -> None:
         """Give it up. Idempotent."""

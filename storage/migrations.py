@@ -96,6 +96,11 @@ def registry_1_connections_and_tags(database: "Database") -> None:
     database.execute("INSERT INTO numbers (highest) VALUES (0)")
 
 
+def registry_2_addresses(database: "Database") -> None:
+    """Where a connection comes from: a gateway that takes it over counts it again."""
+    database.execute("ALTER TABLE connections ADD COLUMN address TEXT NOT NULL DEFAULT ''")
+
+
 def shard_1_entries(database: "Database") -> None:
     """Room storage, clustered by room and key; and the generation, raised each time a host opens the file."""
     database.execute(
@@ -112,5 +117,59 @@ def shard_1_entries(database: "Database") -> None:
     database.execute("INSERT INTO generations (generation) VALUES (0)")
 
 
-REGISTRY = Schema("registry", (registry_1_connections_and_tags,))
-SHARD = Schema("shard", (shard_1_entries,))
+def shard_2_outbox(database: "Database") -> None:
+    """Results of turns, in the order of their commits, from the commit until the gateway has carried them
+    out.
+    """
+    database.execute("CREATE TABLE outbox (seq INTEGER PRIMARY KEY, items BLOB NOT NULL) STRICT")
+
+
+def shard_3_dead_letters(database: "Database") -> None:
+    """What may have ended a host, what did so again and again, and rooms that do not start.
+
+    `who` and `what` name an event as `hibernation.running` does; a dead letter holds all of it, as CBOR.
+    """
+    database.execute(
+        """
+        CREATE TABLE suspects (
+            who INTEGER NOT NULL,
+            what INTEGER NOT NULL,
+            deaths INTEGER NOT NULL,
+            seen INTEGER NOT NULL,
+            alone INTEGER NOT NULL,
+            since REAL NOT NULL,
+            reason TEXT NOT NULL,
+            code INTEGER NOT NULL,
+            PRIMARY KEY (who, what)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute(
+        """
+        CREATE TABLE dead_letters (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            room TEXT NOT NULL,
+            who INTEGER NOT NULL,
+            what INTEGER NOT NULL,
+            event BLOB NOT NULL,
+            tries INTEGER NOT NULL,
+            reason TEXT NOT NULL,
+            died_at REAL NOT NULL,
+            UNIQUE (who, what)
+        ) STRICT
+        """
+    )
+    database.execute(
+        """
+        CREATE TABLE quarantine (
+            room TEXT PRIMARY KEY,
+            reason TEXT NOT NULL,
+            since REAL NOT NULL,
+            code INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+
+
+REGISTRY = Schema("registry", (registry_1_connections_and_tags, registry_2_addresses))
+SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters))

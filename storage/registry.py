@@ -41,8 +41,8 @@ _SAMPLE_ROWS = 512
 """Rows counted at most to find the rarest of several required tags."""
 
 _OPEN = RowStatement(
-    "INSERT INTO connections (room_hash, id, number, party, room, uri, accepted_at, tags) VALUES",
-    "(?, ?, ?, ?, ?, ?, ?, ?)",
+    "INSERT INTO connections (room_hash, id, number, party, room, uri, accepted_at, address, tags) VALUES",
+    "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
 )
 _TAG = RowStatement("INSERT INTO tags (room_hash, tag, number) VALUES", "(?, ?, ?)")
 _TAG_AGAIN = RowStatement(
@@ -72,7 +72,7 @@ _HIGHEST = "UPDATE numbers SET highest = max(highest, ?)"
 
 _COLUMNS = (
     "c.number, c.party, c.room, c.id, c.uri, c.accepted_at, c.tags, c.state,"
-    " c.close_code, c.close_reason, c.close_clean, c.close_cause"
+    " c.close_code, c.close_reason, c.close_clean, c.close_cause, c.address"
 )
 
 
@@ -99,6 +99,8 @@ class Row(NamedTuple):
     state: bytes | None
     closing: Closing | None
     """None while it is open."""
+    address: str
+    """The client's address, as far as its connections are counted by it; empty where they are not."""
 
 
 class RegistryBatch:
@@ -114,7 +116,7 @@ class RegistryBatch:
 
     def __init__(self) -> None:
         # Ready for SQLite: whatever the writer thread does in Python holds up the loop thread in one piece.
-        self._opened: dict[int, tuple[int, str, int, str, str, str, float]] = {}
+        self._opened: dict[int, tuple[int, str, int, str, str, str, float, str]] = {}
         self._blobs: dict[int, bytearray] = {}
         self._tags: dict[int, list[tuple[int, str, int]]] = {}
         self._states: dict[int, bytes | None] = {}
@@ -131,6 +133,7 @@ class RegistryBatch:
         uri: str,
         accepted_at: float,
         tags: Sequence[str] = (),
+        address: str = "",
     ) -> None:
         """Add an accepted connection.
 
@@ -142,12 +145,13 @@ class RegistryBatch:
             uri: what it asked for.
             accepted_at: seconds since 1970.
             tags: its tags, if they are known already.
+            address: where it comes from, for the bound of connections from one address; empty if not counted.
         """
         _require_text(party, room, id, uri)
         key = room_hash(party, room)
         if tags:
             self._tag(number, key, tags)
-        self._opened[number] = (key, id, number, party, room, uri, accepted_at)
+        self._opened[number] = (key, id, number, party, room, uri, accepted_at, address)
         if number > self._highest:  # noqa: PLR1730 - max() costs a call for each connection
             self._highest = number
 
@@ -188,6 +192,17 @@ class RegistryBatch:
         self._states.update(later._states)
         self._closings.update(later._closings)
         self._highest = max(self._highest, later._highest)
+
+    def changes(self) -> Iterator[tuple[str, int, bytes | None]]:
+        """Give what is staged of connections that have a row: ("state", number, blob), ("tags", number, blob)
+        and ("forgotten", number, None).
+        """
+        for number, state in self._states.items():
+            yield "state", number, state
+        for number, blob in self._blobs.items():
+            yield "tags", number, bytes(blob)
+        for number in self._forgotten:
+            yield "forgotten", number, None
 
     def __bool__(self) -> bool:
         return bool(
@@ -461,7 +476,7 @@ def room_hash(party: str, room: str) -> int:
 
 
 def _row(row: tuple[Any, ...]) -> Row:
-    number, party, room, name, uri, accepted_at, tags, state, code, reason, clean, cause = row
+    number, party, room, name, uri, accepted_at, tags, state, code, reason, clean, cause, address = row
     return Row(
         number,
         party,
@@ -472,6 +487,7 @@ def _row(row: tuple[Any, ...]) -> Row:
         tuple([tag.decode() for tag in tags.split(b"\xff")[1:-1]]),
         state,
         None if code is None else Closing(code, reason, bool(clean), cause),
+        address,
     )
 
 

@@ -7,14 +7,22 @@ commit.
 
 A shard's generation is raised each time it is opened, and every commit proves that it is still the same: a
 host that was thought dead, and has been replaced, can write nothing any more (S5).
+
+Beside the entries lies the outbox: what a commit releases, as opaque as the values, in the same transaction.
+Whoever opens the shard next reads it and knows what has been committed (S22).
+
+Invariants:
+    R1  a row is in the outbox if and only if its commit is on disk and nobody has said that it is executed
+    R2  row numbers of a shard rise for ever, in the order of the commits: generation << 32 | counter
 """
 
 import os
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from storage.blame import BlameBatch
 from storage.database import (
     CHECKPOINT_PAGES,
     RESERVE_BYTES,
@@ -28,6 +36,9 @@ from storage.migrations import SHARD
 from storage.values import VALUE_BYTES_MAX
 
 Durability = Literal["full", "os"]
+
+Row = tuple[int, bytes]
+"""One row of the outbox: its number, and what `hibernation.commits` has encoded."""
 
 KEY_BYTES_MAX = 2048
 """Largest key, in bytes of UTF-8 (S27)."""
@@ -45,6 +56,9 @@ _CHECK_GENERATION = "SELECT generation FROM generations"
 _CLEAR = RowStatement("DELETE FROM entries WHERE room IN (", "?", ")")
 _DELETE = RowStatement("DELETE FROM entries WHERE room = ? AND key IN (", "?", ")")
 _PUT = RowStatement("REPLACE INTO entries (room, key, value) VALUES", "(?, ?, ?)")
+_FORGET_ROWS = "DELETE FROM outbox WHERE seq <= ?"
+_ADD_ROW = "INSERT INTO outbox (seq, items) VALUES (?, ?)"
+_ROWS = "SELECT seq, items FROM outbox ORDER BY seq"
 _GET = "SELECT value FROM entries WHERE room = ? AND key = ?"
 
 
@@ -55,9 +69,11 @@ class ShardBatch:
     A batch belongs to the thread that fills it until it is handed to `Shard.commit`, and is not filled after.
     """
 
-    __slots__ = ("bytes", "cleared", "rooms")
+    __slots__ = ("blame", "bytes", "cleared", "rooms")
 
     def __init__(self) -> None:
+        self.blame: BlameBatch | None = None
+        """Suspects, dead letters, quarantine; see `blaming`."""
         self.rooms: dict[str, dict[str, bytes | None]] = {}
         """Per room: key to value, None for a deleted one."""
         self.cleared: set[str] = set()
@@ -94,8 +110,15 @@ class ShardBatch:
         self.rooms.pop(room_key, None)
         self.cleared.add(room_key)
 
+    @property
+    def blaming(self) -> BlameBatch:
+        """The changes of suspects, dead letters and quarantine, to be added to."""
+        if self.blame is None:
+            self.blame = BlameBatch()
+        return self.blame
+
     def __bool__(self) -> bool:
-        return bool(self.rooms or self.cleared)
+        return bool(self.rooms or self.cleared or self.blame)
 
 
 def key_bytes(key: str) -> int:
@@ -155,9 +178,10 @@ class Shard:
         )
         try:
             # Before "os" takes effect: a generation that a power cut took back would be given out twice.
-            with self._file.transaction() as writer:
+            with self._file.transaction(keep_reserve=False) as writer:
                 writer.execute("UPDATE generations SET generation = generation + 1")
                 self.generation: int = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
+            self._row: int = self.generation << 32
             if durability == "os":
                 self._file.set_synchronous("normal")
         except BaseException:
@@ -169,20 +193,40 @@ class Shard:
         """The database's file."""
         return self._file.path
 
-    def commit(self, batch: ShardBatch) -> None:
+    def next_row(self) -> int:
+        """Give the number for the next row of the outbox. Rows are committed in the order of their
+        numbers.
+        """
+        self._row += 1
+        return self._row
+
+    def rows(self) -> list[Row]:
+        """Give the outbox as it is on disk, in the order of the commits."""
+        return self._file.read(_ROWS)
+
+    def commit(self, batch: ShardBatch, rows: Sequence[Row] = (), executed: int = 0) -> None:
         """Write a batch in one transaction: all of it or nothing. On one thread at a time.
+
+        Args:
+            batch: the changes of entries.
+            rows: what the outbox gets, numbered by `next_row`.
+            executed: rows up to this number leave the outbox; 0: none does.
 
         Raises:
             GenerationPassed: another host owns the shard now; nothing was written.
             CommitRefused: nothing was written (disk full, say); the same batch may be committed again.
             CommitUnknown: the outcome is not known; the process must end.
         """
-        if not batch:
+        if not batch and not rows and not executed:
             return
-        with self._file.transaction() as writer:
+        with self._file.transaction(batch.bytes + sum([len(items) for _, items in rows])) as writer:
             current = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
             if current != self.generation:
                 raise GenerationPassed(self.path, self.generation, current)
+            if executed:  # first: what they leave is what the new ones take
+                writer.execute(_FORGET_ROWS, (executed,))
+            for row in rows:
+                writer.execute(_ADD_ROW, row)
             if batch.cleared:
                 _CLEAR.run(writer, [(room,) for room in batch.cleared])
             puts: list[tuple[str, str, bytes | bytearray]] = []
@@ -201,6 +245,8 @@ class Shard:
                 if deleted:
                     _DELETE.run(writer, deleted, (room,))
             _PUT.run(writer, puts)
+            if batch.blame:
+                batch.blame.write(writer)
         if self.durability == "os" and self._file.wal_bytes >= INLINE_WAL_BYTES_MAX:
             self._file.checkpoint()
 
@@ -262,6 +308,10 @@ class Shard:
         parameters.append(-1 if limit is None else limit)
         for bound in (low, high or ""):
             _require_text(bound)
+        return self._file.read(sql, parameters)
+
+    def read(self, sql: str, parameters: Sequence[Any]) -> Any:
+        """Give the rows of a question to the committed state; for the tables beside the entries."""
         return self._file.read(sql, parameters)
 
     @property

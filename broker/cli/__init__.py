@@ -3,7 +3,8 @@
     options   options that several commands share, and those made from the table of settings
     run       demo, dev, serve: they start an instance and stay until it stops
     ask       rooms, connections, stats: they ask a running instance, and wake nothing (S42)
-    act       broadcast, send, kick, stop: they have a running instance do something
+    act       broadcast, send, kick, reload, upgrade, drain, stop: they have a running instance do something
+    blame     explain, dead-letters: why a room is awake, what ended hosts
 
 Exit status 0 for success, 1 for a failure, 2 for a mistake in what was typed or in the app. What goes wrong
 is said in words on standard error, never as a traceback.
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-from broker.cli import act, ask, run
+from broker.cli import act, ask, blame, run
 from hibernation.errors import AppError, SettingError
 from hibernation.listener import StartError
 from storage.errors import BrokerError
@@ -58,7 +59,7 @@ def cli() -> None:
     """Hold very many WebSockets, and run each room's code only while there is something for it to do."""
 
 
-for _command in (*run.COMMANDS, *ask.COMMANDS, *act.COMMANDS):
+for _command in (*run.COMMANDS, *ask.COMMANDS, *act.COMMANDS, *blame.COMMANDS):
     cli.add_command(_command)
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from broker.cli.options import data_option, json_option
-from hibernation.admin import AdminClient, supervisor_of
+from hibernation.admin import AdminClient, processes_of, supervisor_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["COMMANDS", "plain", "print_json"]
+__all__ = ["COMMANDS", "limit_option", "listed", "plain", "print_json"]
 
 PIPED_WIDTH_COLUMNS = 240
 """A table that goes to a file or a pipe is not to be broken at 80 columns."""
@@ -27,9 +27,9 @@ PIPED_WIDTH_COLUMNS = 240
 ROWS_SHOWN = 1000
 """A table of more rows is cut, and says so; --json gives all, and --limit another number."""
 
-_PROCESSES = ("supervisor", "gateways", "keepers", "hosts")
+_PROCESSES = ("supervisor", "gateways", "keepers", "hosts", "spares")
 
-_limit_option = click.option(
+limit_option = click.option(
     "--limit", type=click.IntRange(min=1), default=None, metavar="N", help="Show no more than N."
 )
 
@@ -37,13 +37,13 @@ _limit_option = click.option(
 @click.command()
 @data_option
 @click.option("--party", metavar="NAME", help="Only the rooms of this party.")
-@_limit_option
+@limit_option
 @json_option
 def rooms(data: Path, party: str | None, limit: int | None, as_json: bool) -> None:
     """List the rooms that have connections or events on their way."""
     with AdminClient(data) as client:
         nothing = "no such room has a connection" if party else "no room has a connection"
-        _list(client.pages("rooms", "rooms", party=party), limit, as_json, nothing)
+        listed(client.pages("rooms", "rooms", party=party), limit, as_json, nothing)
 
 
 @click.command()
@@ -52,7 +52,7 @@ def rooms(data: Path, party: str | None, limit: int | None, as_json: bool) -> No
 @click.option("--room", metavar="ID", help="Only those of this room.")
 @click.option("--tag", metavar="TAG", help="Only those with this tag.")
 @click.option("--id", "id_", metavar="ID", help="Only the connection with this id.")
-@_limit_option
+@limit_option
 @json_option
 def connections(
     data: Path,
@@ -67,7 +67,7 @@ def connections(
     with AdminClient(data) as client:
         rows = client.pages("connections", "connections", party=party, room=room, tag=tag, id=id_)
         filtered = any(wanted is not None for wanted in (party, room, tag, id_))
-        _list(rows, limit, as_json, "no such connection" if filtered else "no connection is open")
+        listed(rows, limit, as_json, "no such connection" if filtered else "no connection is open")
 
 
 @click.command()
@@ -78,7 +78,8 @@ def stats(data: Path, as_json: bool) -> None:
     with AdminClient(data) as client:
         given = client.ask("stats")
     # A gateway outlives its supervisor, and would name whoever is its parent then.
-    given = {**given, "supervisor": supervisor_of(data), "keepers": []}
+    keepers, spares = processes_of(data, "keeper"), processes_of(data, "spare")
+    given = {**given, "supervisor": supervisor_of(data), "keepers": keepers, "spares": spares}
     if as_json:
         print_json(given)
         return
@@ -94,7 +95,8 @@ def stats(data: Path, as_json: bool) -> None:
     _console().print(table)
 
 
-def _list(rows: Iterable[Mapping[str, Any]], limit: int | None, as_json: bool, nothing: str) -> None:
+def listed(rows: Iterable[Mapping[str, Any]], limit: int | None, as_json: bool, nothing: str) -> None:
+    """Show a listing: as JSON, as a table, or `nothing`."""
     if as_json:
         print_json(list(islice(rows, limit)))
         return

@@ -4,9 +4,11 @@ Owns what is decided before the supervisor runs: settings, data directory, addre
 peer is `hibernation.supervisor`.
 """
 
+import contextlib
 import functools
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +29,7 @@ from broker.cli.options import (
 from broker.cli.watching import saves
 from hibernation.listener import AddressInUse, StartError, bind_listener, raise_file_limit
 from hibernation.logs import configure, protect_standard_streams
+from hibernation.processes import ProcessList
 from hibernation.settings import Settings
 from hibernation.supervisor import Plan, Supervisor
 from storage.directory import DataDirectory, socket_path
@@ -181,6 +184,7 @@ def _run(
     socket_path(data)
 
     def announce(address: tuple[str, int]) -> None:
+        directory.announce(*address)
         url = f"http://{_shown(*address)}"
         if welcome is not None:
             welcome(url)
@@ -193,16 +197,21 @@ def _run(
                 f"--hosts {hosts}: each host needs a shard, and {data} has {directory.shard_count}",
                 usage=True,
             )
-        try:
-            listener = bind_listener(host, port, receive_buffer_bytes=settings.receive_buffer_bytes)
-        except AddressInUse as error:
-            raise StartError(f"{error}; choose another with {other_port}") from error
-        with listener:
+        listener: socket.socket | None = None
+        if not ProcessList(
+            data
+        ).surviving():  # else the supervisor takes over, and has the listener from there
+            try:
+                listener = bind_listener(host, port, receive_buffer_bytes=settings.receive_buffer_bytes)
+            except AddressInUse as error:
+                raise StartError(f"{error}; choose another with {other_port}") from error
             directory.announce(*listener.getsockname()[:2])
+        with listener or contextlib.nullcontext():
             plan = Plan(
                 app=app,
                 data=data,
                 listener=listener,
+                bind=(host, port),
                 settings=settings,
                 hosts=hosts,
                 shard_count=directory.shard_count,

@@ -1,7 +1,9 @@
 """The entry of a gateway process: `python -m broker.gateway`, started by the supervisor and by nobody else.
 
 Owns the steps before a gateway serves: its configuration is read from standard input and its descriptors are
-kept from what it may start. The rest is `broker.gateway.core`. Its peer is `hibernation.children`.
+kept from what it may start. One that is started to take another's place (`handover`) loads its modules, sees
+that it knows the registry's schema, says "waiting", and touches nothing until it is told to go: the other one
+serves meanwhile. The rest is `broker.gateway.core`. Its peer is `hibernation.children`.
 """
 
 import os
@@ -11,8 +13,12 @@ import sys
 import outcome
 import trio
 
-from hibernation.configuration import GatewayConfig, report
+from hibernation.configuration import GO_LINE, GatewayConfig, report
 from hibernation.logs import configure, get_logger, protect_standard_streams
+from storage.database import database_version
+from storage.errors import SchemaTooNew
+from storage.migrations import REGISTRY
+from storage.registry import registry_path
 
 __all__ = ["main"]
 
@@ -37,7 +43,20 @@ def main() -> None:
 def _serve(config: GatewayConfig) -> None:
     from broker.gateway.core import serve
 
+    if config.handover and not _wait_for_go(config):
+        return
     trio.run(serve, config)
+
+
+def _wait_for_go(config: GatewayConfig) -> bool:
+    """Wait to be told to take over. False: the supervisor has died, or has no need of us."""
+    path = registry_path(config.data)
+    # Only the first page's header is read, by a process that has no connection to the file.
+    version = database_version(path)
+    if version is not None and version > REGISTRY.version:
+        raise SchemaTooNew(version, REGISTRY.version, path)
+    report(config.status_fd, "waiting")
+    return sys.stdin.buffer.readline() == GO_LINE
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ awake) is asked of the hosts. Peers: `hibernation.admin` (the command line's sid
 """
 
 import os
+import re
+import secrets
 import socket
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 from urllib.parse import parse_qs
@@ -12,7 +14,7 @@ from urllib.parse import parse_qs
 import trio
 
 from broker.gateway.connections import CONNECTING, OPEN
-from broker.gateway.frames import encode_message, sendable
+from broker.gateway.frames import sendable
 from broker.gateway.http import RequestRefused
 from broker.gateway.links import HostLink
 from hibernation import wire
@@ -26,6 +28,14 @@ if TYPE_CHECKING:
 PAGE_ROWS: Final = 256
 #: How long a host may take to answer before the answer goes without it.
 HOST_SECONDS: Final = 2.0
+#: How long a replayed turn may take before the answer goes without its end.
+REPLAY_SECONDS: Final = 60.0
+#: The shard and the number of a dead letter.
+_LETTER_ID: Final = re.compile(r"(\d{1,4})\.(\d{1,18})")
+#: What a host says that does not answer in time.
+_SILENCE: Final = object()
+#: What one says that dies before.
+_GONE: Final = object()
 #: A question may hold a message.
 QUESTION_BYTES_MAX: Final = 64 * 1024 * 1024
 
@@ -39,8 +49,11 @@ class Admin:
 
     def __init__(self, gateway: "Gateway") -> None:
         self._gateway = gateway
-        self._number = 0
-        self._waiting: dict[int, tuple[trio.Event, list[Any]]] = {}
+        # A host may still say what was meant for a former gateway: its numbers are none of ours.
+        self._number = secrets.randbits(52)
+        self._waiting: dict[int, tuple[trio.Event, list[Any], HostLink]] = {}
+        #: Whoever arranges a successor: when they are gone before it is there, this gateway goes on.
+        self._freezing: trio.SocketStream | None = None
 
     # --- Transport --------------------------------------------------------------------------------
 
@@ -56,16 +69,22 @@ class Admin:
                 while data := await stream.receive_some():
                     decoder.feed(data)
                     for question in decoder:
+                        if isinstance(question, dict) and question.get("command") == "freeze":
+                            self._freezing = stream
                         await stream.send_all(encode(await self._answer(question)))
         except (OSError, LinkError, trio.BrokenResourceError):
-            return  # whoever asked has gone, or never was one of ours
+            pass  # whoever asked has gone, or never was one of ours
+        finally:
+            if self._freezing is stream:
+                self._freezing = None
+                self._gateway.resume()  # nothing happens if a successor has everything
 
     async def _answer(self, question: Any) -> dict[str, Any]:
         try:
             if not isinstance(question, dict):
                 raise CommandError("a question is a map")
             return {"result": await self.command(question)}
-        except (CommandError, RequestRefused) as error:
+        except (CommandError, RequestRefused, BrokerError) as error:
             return {"error": str(error)}
         except Exception as error:  # noqa: BLE001 - told to whoever asked, who is this machine's user
             return {"error": f"{type(error).__name__}: {error}"}
@@ -99,16 +118,16 @@ class Admin:
 
     # --- Hosts ------------------------------------------------------------------------------------
 
-    async def _ask(self, host: HostLink, what: str, argument: Any) -> Any:
+    async def _ask(self, host: HostLink, what: str, argument: Any, seconds: float = HOST_SECONDS) -> Any:
         self._number = number = self._number + 1
         answered, box = trio.Event(), list[Any]()
-        self._waiting[number] = (answered, box)
+        self._waiting[number] = (answered, box, host)
         host.put([wire.ASK, number, what, argument])
         host.flush()
-        with trio.move_on_after(HOST_SECONDS):
+        with trio.move_on_after(seconds):
             await answered.wait()
         self._waiting.pop(number, None)
-        return box[0] if box else None
+        return box[0] if box else _SILENCE
 
     def answered(self, number: int, value: Any) -> None:
         """A host has answered."""
@@ -116,6 +135,13 @@ class Admin:
         if waiting is not None:
             waiting[1].append(value)
             waiting[0].set()
+
+    def host_gone(self, host: HostLink) -> None:
+        """A host has died: it answers nothing any more."""
+        for answered, box, asked in self._waiting.values():
+            if asked is host:
+                box.append(_GONE)
+                answered.set()
 
     async def _ask_all(self, what: str, argument: Any) -> list[Any]:
         answers: list[Any] = []
@@ -126,7 +152,7 @@ class Admin:
         async with trio.open_nursery() as nursery:
             for host in list(self._gateway.links.hosts):
                 nursery.start_soon(ask, host)
-        return [answer for answer in answers if answer is not None]
+        return [answer for answer in answers if answer is not _SILENCE and answer is not _GONE]
 
     # --- Commands ---------------------------------------------------------------------------------
 
@@ -150,6 +176,7 @@ class Admin:
             "turns": sum(host["turns"] for host in hosts),
             "failed_turns": sum(host["failed_turns"] for host in hosts),
             "commits": sum(host["commits"] for host in hosts),
+            "paused": gateway.paused(),
             "accepted": lifecycle.accepted,
             "refused": {str(status): count for status, count in gateway.doors.refused.items()},
             "closes": dict(lifecycle.closes),
@@ -161,6 +188,9 @@ class Admin:
             "dropped_frames": gateway.sender.dropped,
             "outbox_bytes": gateway.sender.total_bytes,
             "requests": gateway.forward.requests,
+            "quarantined": len(gateway.quarantine),
+            "suspects": sum(host["suspects"] for host in hosts),
+            "dead_letters": sum(host["dead_letters"] for host in hosts),
             "parties": sorted({party.name for party in gateway.parties.values()}),
         }
 
@@ -244,15 +274,14 @@ class Admin:
         if room is None:
             return {"sent": 0}
         all_of = [*question.get("all_of", ()), *([question["tag"]] if question.get("tag") else [])]
-        slots = gateway.rooms.select(
-            room, [all_of, list(question.get("any_of", ())), list(question.get("none_of", ()))]
-        )
-        gateway.sender.send_to_many(slots, encode_message(_message(question)))
-        return {"sent": len(slots)}
+        criteria = [all_of, list(question.get("any_of", ())), list(question.get("none_of", ()))]
+        count = len(gateway.rooms.select(room, criteria))
+        gateway.effects.order([[wire.BROADCAST, room.key, _message(question), [], *criteria]])
+        return {"sent": count}
 
     async def _send(self, question: dict[str, Any]) -> dict[str, Any]:
-        slot = self._find(question)
-        self._gateway.sender.send(slot, encode_message(_message(question)))
+        gateway, slot = self._gateway, self._find(question)
+        gateway.effects.order([[wire.SEND, slot, gateway.connections.number[slot], _message(question)]])
         return {"sent": 1}
 
     async def _kick(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -264,6 +293,94 @@ class Admin:
             raise CommandError("a close reason has at most 123 bytes of UTF-8")
         self._gateway.lifecycle.close(self._find(question), code, reason, "server_close")
         return {"kicked": 1}
+
+    async def _freeze(self, _: dict[str, Any]) -> dict[str, Any]:
+        await self._gateway.freeze()
+        return {"frozen": True}
+
+    async def _resume(self, _: dict[str, Any]) -> dict[str, Any]:
+        self._gateway.resume()
+        return {"frozen": self._gateway.frozen}
+
+    async def _leave(self, _: dict[str, Any]) -> dict[str, Any]:
+        if not self._gateway.frozen:
+            raise CommandError("this gateway is not frozen: nobody can have taken its place")
+        self._gateway.leave()
+        return {"leaving": True}
+
+    async def _drain(self, question: dict[str, Any]) -> dict[str, Any]:
+        seconds = float(question.get("seconds", self._gateway.config.settings.drain))
+        return {"closed": await self._gateway.drain(seconds)}
+
+    # --- What ended hosts, and rooms that do not start --------------------------------------------
+
+    async def _ask_shard(self, shard: int, what: str, argument: Any, seconds: float = HOST_SECONDS) -> Any:
+        host = self._gateway.links.by_shard[shard]
+        if host is None:
+            raise CommandError("the host is not there at the moment: ask again")
+        answer = await self._ask(host, what, argument, seconds)
+        if answer is _SILENCE:
+            raise CommandError(
+                "the host does not answer: a handler may block it, and then the log says which one"
+            )
+        if answer is _GONE:
+            raise CommandError("the host has died meanwhile")
+        return answer
+
+    async def _dead_letters(self, question: dict[str, Any]) -> dict[str, Any]:
+        """A page of dead letters, by shard and number."""
+        limit = min(_integer(question, "limit", PAGE_ROWS), PAGE_ROWS)
+        first, after = self._letter_id(question["after"]) if question.get("after") else (0, 0)
+        rows: list[Any] = []
+        for shard in range(first, self._gateway.links.shard_count):
+            argument = [shard, after if shard == first else 0, limit - len(rows)]
+            rows += await self._ask_shard(shard, "letters", argument)
+            if len(rows) >= limit:
+                return {"dead_letters": rows, "after": rows[-1]["id"]}
+        return {"dead_letters": rows, "after": None}
+
+    async def _dead_letter(self, question: dict[str, Any]) -> Any:
+        return await self._of_letter(question, "letter")
+
+    async def _replay(self, question: dict[str, Any]) -> Any:
+        """Have the event of a dead letter run once more; answers when its turn has ended."""
+        return await self._of_letter(question, "replay", REPLAY_SECONDS)
+
+    async def _delete_dead_letter(self, question: dict[str, Any]) -> Any:
+        return await self._of_letter(question, "remove")
+
+    async def _of_letter(self, question: dict[str, Any], what: str, seconds: float = HOST_SECONDS) -> Any:
+        shard, number = self._letter_id(question.get("id"))
+        answer = await self._ask_shard(shard, what, [shard, number], seconds)
+        if answer is None:
+            raise CommandError(f"there is no dead letter {question['id']!r}")
+        if "error" in answer:
+            raise CommandError(answer["error"])
+        return answer
+
+    def _letter_id(self, text: Any) -> tuple[int, int]:
+        found = _LETTER_ID.fullmatch(text) if isinstance(text, str) else None
+        if found is None or int(found[1]) >= self._gateway.links.shard_count:
+            raise CommandError(f"{text!r} is no dead letter: `broker dead-letters list` shows their ids")
+        return int(found[1]), int(found[2])
+
+    async def _explain(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Why a room is awake, or is not started; with `release` it is tried again."""
+        gateway = self._gateway
+        key = self._key(question)
+        record = gateway.rooms.by_key.get(key)
+        shard = wire.partition_of(key) % gateway.links.shard_count
+        party, _, room = key.partition("/")
+        facts: dict[str, Any] = {
+            "party": party,
+            "room": room,
+            "connections": record.count if record is not None else 0,
+            "in_flight": record.inflight_events if record is not None else 0,
+        }
+        if question.get("release"):
+            facts |= await self._ask_shard(shard, "release", key)
+        facts |= await self._ask_shard(shard, "explain", key)
+        return facts
 
     def _key(self, question: dict[str, Any]) -> str:
         party = question.get("party") or "main"
@@ -295,6 +412,15 @@ class Admin:
         "broadcast": _broadcast,
         "send": _send,
         "kick": _kick,
+        "freeze": _freeze,
+        "resume": _resume,
+        "leave": _leave,
+        "drain": _drain,
+        "dead_letters": _dead_letters,
+        "dead_letter": _dead_letter,
+        "replay": _replay,
+        "delete_dead_letter": _delete_dead_letter,
+        "explain": _explain,
     }
 
 

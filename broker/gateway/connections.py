@@ -4,7 +4,8 @@ Owns the columns, the free slots, and the two ways to find a connection: by desc
 Must not read or write a socket. Peers: `inbox` and `outbox` move bytes, `rooms` links the rows of one room
 into a list.
 
-A connection costs, beside its socket object and its card, 8 bytes in each pointer and counter column and less
+Columns that a successor needs when this process has died lie in the ledger; the others in plain arrays. A
+connection costs, beside its socket object and its card, 8 bytes in each pointer and counter column and less
 in the others; everything that only a few connections have at a time (a request in a handshake, a reader of
 fragments, an outbox, a state) lives in dictionaries of the module that needs it.
 
@@ -20,6 +21,7 @@ from array import array
 from socket import socket
 from typing import TYPE_CHECKING, Final
 
+from broker.gateway.ledger import HIGH, NUMBER, Ledger
 from hibernation.wire import read_card
 
 if TYPE_CHECKING:
@@ -45,6 +47,12 @@ PINGED: Final = 4  # a ping is out and nothing has come since
 GONE: Final = 8  # the peer has ended its side: an end follows what is still unread
 PARTIAL: Final = 16  # a part of a frame or message is left in the kernel behind what was dispatched
 
+#: Set in the ledger's phase beside the phase itself: the connect turn has ended, or there is none.
+INTRODUCED: Final = 0x80
+
+#: Slots of a table that is given no ledger.
+CAPACITY: Final = 4096
+
 #: No neighbour in the room's list, no connection of this descriptor.
 NONE: Final = 0xFFFFFFFF
 
@@ -64,6 +72,7 @@ class Connections:
         "count",
         "flags",
         "last_end",
+        "ledger",
         "next",
         "number",
         "parsed",
@@ -72,25 +81,29 @@ class Connections:
         "room",
         "seen",
         "sockets",
+        "written",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger | None = None) -> None:
+        self.ledger = ledger = ledger or Ledger.create(CAPACITY)
         self.sockets: list[socket | None] = []
         self.card: list[bytes] = []
         self.room: list[RoomRecord | None] = []
-        self.number = array("Q")
+        self.number = ledger.number
         #: Offsets in the byte stream after the handshake.
-        self.consumed = array("Q")
+        self.consumed = ledger.consumed
         self.parsed = array("Q")
         #: End of the newest message that was dispatched.
         self.last_end = array("Q")
+        #: Bytes that the kernel has taken of what was sent, from the beginning of the TCP connection on.
+        self.written = array("Q")
         #: Where it comes from, as a number of `addresses.Addresses`.
         self.address = array("I")
         #: When a byte last came, in whole seconds of the gateway's clock.
         self.seen = array("I")
         self.next = array("I")
         self.previous = array("I")
-        self.phase = bytearray()
+        self.phase = bytearray()  # `set_phase` keeps the ledger's the same
         self.flags = bytearray()
         self.count = 0
         self._free: array[int] = array("I")
@@ -101,7 +114,18 @@ class Connections:
 
     def __len__(self) -> int:
         """How many rows the columns have, free ones included."""
-        return len(self.number)
+        return len(self.phase)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the ledger has no slot left."""
+        return not self._free and len(self.phase) == self.ledger.capacity
+
+    def set_phase(self, slot: int, phase: int) -> None:
+        """Move a connection on."""
+        self.phase[slot] = phase
+        column = self.ledger.phase
+        column[slot] = column[slot] & INTRODUCED | phase
 
     def allocate(self, number: int, sock: socket | None, room: "RoomRecord", card: bytes, now: int) -> int:
         """Take a slot for a new connection, in phase ADMITTING."""
@@ -110,31 +134,74 @@ class Connections:
             self.sockets[slot] = sock
             self.card[slot] = card
             self.room[slot] = room
-            self.number[slot] = number
-            self.consumed[slot] = self.parsed[slot] = self.last_end[slot] = 0
+            self.parsed[slot] = self.last_end[slot] = self.written[slot] = 0
             self.address[slot] = 0
             self.seen[slot] = now
             self.next[slot] = self.previous[slot] = NONE
             self.phase[slot] = ADMITTING
             self.flags[slot] = 0
         else:
-            slot = len(self.number)
+            slot = len(self.phase)
             self.sockets.append(sock)
             self.card.append(card)
             self.room.append(room)
-            self.number.append(number)
-            self.consumed.append(0)
             self.parsed.append(0)
             self.last_end.append(0)
+            self.written.append(0)
             self.address.append(0)
             self.seen.append(now)
             self.next.append(NONE)
             self.previous.append(NONE)
             self.phase.append(ADMITTING)
             self.flags.append(0)
+            self.ledger.header[HIGH] = slot + 1
+        ledger = self.ledger
+        ledger.consumed[slot] = ledger.base[slot] = ledger.cookie[slot] = ledger.mark[slot] = 0
+        ledger.phase[slot] = ADMITTING
+        ledger.number[slot] = number
+        ledger.header[NUMBER] = max(ledger.header[NUMBER], number)
         self.count += 1
         room.held += 1
         return slot
+
+    def restore(self) -> None:
+        """Make as many slots as a former gateway had in use, all of them free until they are taken over."""
+        count = self.ledger.header[HIGH]
+        self.sockets = [None] * count
+        self.card = [b""] * count
+        self.room = [None] * count
+        for name in ("parsed", "last_end", "written"):
+            setattr(self, name, array("Q", bytes(8 * count)))
+        for name in ("address", "seen"):
+            setattr(self, name, array("I", bytes(4 * count)))
+        self.next = array("I", [NONE]) * count
+        self.previous = array("I", [NONE]) * count
+        self.phase = bytearray(count)
+        self.flags = bytearray(count)
+        self._free.extend([slot for slot in range(count) if not self.number[slot]])
+        size = 64
+        while 2 * size <= 3 * count:
+            size *= 2
+        self._index = array("I", [NONE]) * size
+        self._index_mask = size - 1
+
+    def take_over(self, slot: int, sock: socket | None, room: "RoomRecord", card: bytes, now: int) -> None:
+        """A connection of a former gateway goes on in its slot; its ledger columns stay as they are."""
+        self.sockets[slot] = sock
+        self.card[slot] = card
+        self.room[slot] = room
+        self.seen[slot] = now
+        self.phase[slot] = ADMITTING
+        self.count += 1
+        room.held += 1
+        if sock is not None:
+            self.watch(sock.fileno(), slot)
+
+    def abandon(self, slot: int) -> None:
+        """A slot of a former gateway that nothing goes on in."""
+        self.number[slot] = 0
+        self.ledger.phase[slot] = FREE
+        self._free.append(slot)
 
     def release(self, slot: int) -> None:
         """Give the slot back; the socket must be closed, the row unlinked."""
@@ -145,7 +212,7 @@ class Connections:
         self.card[slot] = b""
         self.room[slot] = None
         self.number[slot] = 0
-        self.phase[slot] = FREE
+        self.ledger.phase[slot] = self.phase[slot] = FREE
         self.flags[slot] = 0
         self.count -= 1
         self._free.append(slot)
@@ -168,7 +235,7 @@ class Connections:
 
     def holds(self, slot: int, number: int) -> bool:
         """Whether the slot still holds the connection with this number."""
-        return slot < len(self.number) and self.number[slot] == number
+        return slot < len(self.phase) and self.number[slot] == number
 
     # The index by room and id is a hash table in one array: 4 bytes an entry where a dict takes 100. A
     # deleted entry leaves no mark: the run behind it moves up (Knuth, volume 3, 6.4, algorithm R).

@@ -34,6 +34,8 @@ from broker.gateway.hub import EPOLLET, EPOLLIN, Hub
 from broker.gateway.lifecycle import Lifecycle, Newcomer
 from broker.gateway.links import HostLink, Links
 from broker.gateway.parties import PartyView
+from broker.gateway.quarantine import RETRY_AFTER as QUARANTINED_RETRY_AFTER
+from broker.gateway.quarantine import Quarantine
 from broker.gateway.rooms import RoomRecord, Rooms
 from broker.gateway.routes import Route, connection_id, parse_route
 from hibernation import wire
@@ -73,6 +75,7 @@ class Doors:
         next_number: int,
         take_http: Callable[[socket.socket, Address], None],
         http_count: Callable[[], int],
+        quarantine: Quarantine,
     ) -> None:
         self._hub = hub
         self._listener = listener
@@ -85,15 +88,18 @@ class Doors:
         self._next_number = next_number
         self._take_http = take_http
         self._http_count = http_count
+        self._quarantine = quarantine
         self._proxies = Proxies(settings.trusted_proxies)
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most = max(64, soft - DESCRIPTORS_RESERVED)
         self.connections_max = min(settings.connections_max or most, most)
         #: Connections whose head has not come, by descriptor, the oldest first: socket, address, since when.
         self._waiting: dict[int, tuple[socket.socket, Address, float]] = {}
+        self._open = False
         self._resting = False
         self._asked: dict[int, tuple[int, int]] = {}
-        self._question = 0
+        # A host may still say what was meant for a former gateway: its numbers are none of ours.
+        self._question = secrets.randbits(52)
         self._exhausted_logged = 0.0
         self.parties: dict[str, PartyView] = {}
         self.refused: dict[int, int] = {}
@@ -106,13 +112,29 @@ class Doors:
         self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what it accepts inherits it
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self._settings.send_buffer_bytes)
         self._hub.watch(self._listener.fileno(), self._accept)
+        self._open, self._resting = True, False
 
     def shut(self) -> None:
         """Accept no more; the listener stays open, for whoever comes next."""
-        self._hub.unwatch(self._listener.fileno())
-        for sock, _, _ in list(self._waiting.values()):
-            self._stop_waiting(sock)
+        self.rest()
+        for sock in self.give_up():
             sock.close()
+
+    def rest(self) -> None:
+        """Accept no more for now: who comes waits in the listener."""
+        if self._open:
+            self._open = False
+            self._hub.unwatch(self._listener.fileno())
+
+    def give_up(self) -> list[socket.socket]:
+        """Those whose request has not come, or is not decided yet, in all cases unread: they are somebody
+        else's.
+        """
+        waiting = [sock for sock, _, _ in self._waiting.values()]
+        for sock in waiting:
+            self._stop_waiting(sock)
+        self._asked.clear()
+        return waiting + self._lifecycle.give_up()
 
     @property
     def half_open(self) -> int:
@@ -138,14 +160,15 @@ class Doors:
                     return
                 continue
             sock.setblocking(False)
-            if self._connections.count + len(self._waiting) + self._http_count() >= self.connections_max:
+            held = self._connections.count + len(self._waiting) + self._http_count()
+            if held >= self.connections_max or self._connections.is_full:
                 self._refuse(sock, 503, "too many connections", [RETRY_AFTER])
                 continue
             self._examine(sock, address[:2], first=True)
 
     def resume(self) -> None:
         """Rows have reached the disk: accept again, if that was what was waited for."""
-        if self._resting and not self._lifecycle.draining:
+        if self._resting and self._open:
             self._resting = False
             self._hub.rewatch(self._listener.fileno(), EPOLLIN)
 
@@ -162,7 +185,7 @@ class Doors:
 
     def _accept_again(self) -> None:
         """Descriptors may be free again."""
-        if not self._lifecycle.draining and not self._resting:
+        if self._open and not self._resting:
             self._hub.rewatch(self._listener.fileno(), EPOLLIN)
 
     def _examine(self, sock: socket.socket, address: Address, *, first: bool = False) -> None:
@@ -257,6 +280,8 @@ class Doors:
         if self._lifecycle.addresses.count(counted) >= self._settings.address_connections_max:
             raise HeadError(503, "too many connections from this address", (RETRY_AFTER,))
         key = f"{party.name}/{route.room}"
+        if key in self._quarantine:
+            raise HeadError(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
         room = self._rooms.by_key.get(key)
         if room is None:
             shard = wire.partition_of(key) % self._links.shard_count

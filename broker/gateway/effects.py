@@ -1,28 +1,42 @@
 """Results of turns: what hosts order, carried out.
 
 Owns the meaning of every result and effect of `hibernation.wire` on the gateway's side, in the order in which
-they come. Must not decide anything: a turn that is here has been committed. Peers: `lifecycle`, `inbox`,
-`outbox`, `forward`.
+they come. Must not decide anything: a turn that is here has been committed.
+
+The ledger's cursor stands on what is being done, so that a successor can go on there: its upper part counts
+the items of all hosts' messages, its lower part the steps of one item, which are its effects and its end. All
+that may be done again does no harm when it is: an effect that sends looks at the place in the stream
+(`outbox`), all others set what they set, and the end of a turn consumes up to an offset. Peers: `lifecycle`,
+`inbox`, `outbox`, `forward`.
 """
 
 import struct
 from collections.abc import Callable
 from typing import Any, Final
 
+from cbor2 import dumps, loads
+
 from broker.gateway.connections import CLOSED, CLOSING, CONNECTING, ENDING, OPEN, Connections
 from broker.gateway.doors import Doors
 from broker.gateway.forward import Forward
 from broker.gateway.frames import encode_message
 from broker.gateway.inbox import Inbox
+from broker.gateway.ledger import CURSOR, HOSTS_MAX, STEP_BITS
 from broker.gateway.lifecycle import Lifecycle
-from broker.gateway.links import HostLink
+from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import Sender
 from broker.gateway.rooms import Rooms
 from hibernation import wire
+from hibernation.logs import get_logger
 
 #: Rows of one answer to `get_connections`; the slots and numbers of the others go along, to be asked for.
 PAGE_ROWS: Final = 256
+#: Results that end with a list of effects.
+WITH_EFFECTS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED, wire.EFFECTS})
+NO_EFFECTS: Final[list[Any]] = []
 _PAIR: Final = struct.Struct("<IQ")
+
+log = get_logger("effects")
 
 
 class Effects:
@@ -32,13 +46,17 @@ class Effects:
         self,
         connections: Connections,
         rooms: Rooms,
+        links: Links,
         inbox: Inbox,
         sender: Sender,
         lifecycle: Lifecycle,
         doors: Doors,
         forward: Forward,
     ) -> None:
+        self._links = links
         self._connections = connections
+        self._ledger = connections.ledger
+        self._header = connections.ledger.header
         self._rooms = rooms
         self._inbox = inbox
         self._sender = sender
@@ -47,14 +65,17 @@ class Effects:
         self._forward = forward
         self.on_answer: Callable[[int, Any], None]
         self.on_retire: Callable[[HostLink], None]
+        self.on_quarantine: Callable[[str, str | None, float], None]
         self.turns = 0
         self.broadcasts = 0
         self.deliveries = 0
         self.missed = 0
-        self._kinds: dict[int, Callable[[HostLink, list[Any]], None]] = {
+        #: What the end of a result means.
+        self._ends: dict[int, Callable[[Any, list[Any]], None]] = {
+            wire.TURN: self._turned,
             wire.CONNECTED: self._connected,
             wire.CLOSED: self._closed,
-            wire.EFFECTS: lambda _, item: self.execute(item[1]),
+            wire.EFFECTS: lambda _host, _item: None,
             wire.BEGUN: lambda _, item: self._forward.begun(item[1]),
             wire.ADMIT: lambda _, item: self._doors.answered(
                 item[1], item[2], [tuple(h) for h in item[3]], item[4]
@@ -63,48 +84,110 @@ class Effects:
             wire.FINISH: lambda _, item: self._forward.finish(item[1], item[2]),
             wire.QUERY: self._query,
             wire.ANSWER: lambda _, item: self.on_answer(item[1], item[2]),
-            wire.RETIRE: lambda host, _: self.on_retire(host),
+            wire.RETIRE: lambda host, _: self.on_retire(host) if host is not None else None,
+            wire.SYNCED: lambda host, item: self._links.synced(host, item[1]) if host is not None else None,
+            wire.PAUSED: self._paused,
+            wire.QUARANTINE: lambda _, item: self.on_quarantine(item[1], item[2], item[3]),
         }
 
-    def result(self, host: HostLink, item: list[Any]) -> None:
-        """Carry out one result."""
-        if item[0] != wire.TURN:
-            self._kinds[item[0]](host, item)
+    # --- Messages ---------------------------------------------------------------------------------
+
+    def carry_out(self, host: HostLink, sequence: int, encoded: bytes | bytearray, items: list[Any]) -> None:
+        """Carry out a message of a host: `encoded` is all of it, as `resume` wants it."""
+        self._ledger.begin(host.index, sequence, encoded)
+        self._items(host, items)
+        self._ledger.end()
+
+    def order(self, effects: list[list[Any]]) -> None:
+        """Carry out effects that come from no room."""
+        items = [[wire.EFFECTS, effects]]
+        self._ledger.begin(HOSTS_MAX, 0, dumps([0, 0, items]))
+        self._items(None, items)
+        self._ledger.end()
+
+    def resume(self) -> None:
+        """Finish the message that a former gateway was carrying out, from the step in doubt on."""
+        encoded, items_done, steps_done = self._ledger.unfinished()
+        if encoded:
+            self._items(None, loads(encoded)[2], items_done, steps_done)
+            self._ledger.end()
+
+    def _items(
+        self, host: HostLink | None, items: list[Any], skip_items: int = 0, skip_steps: int = 0
+    ) -> None:
+        for number, item in enumerate(items, self._ledger.next_item):
+            if skip_items:
+                skip_items -= 1
+                continue
+            self._sender.effect = number << STEP_BITS
+            try:
+                if item[0] == wire.ROW:
+                    self._row(host, item, skip_steps)
+                else:
+                    self._result(host, item, skip_steps)
+            except Exception:
+                # A fault of ours costs this one result, not those that came with it.
+                log.exception("a result could not be carried out", kind=item[0])
+            skip_steps = 0
+
+    def _row(self, host: HostLink | None, item: list[Any], skip: int) -> None:
+        """A row of a shard's outbox: it may have been here before."""
+        _, shard, sequence, encoded = item
+        if sequence <= self._ledger.done(shard):
             return
-        _, slot, number, end, effects = item
-        self.turns += 1
-        table = self._connections
+        for result in loads(encoded):
+            steps = len(result[-1]) + 1 if result[0] in WITH_EFFECTS else 1
+            if skip >= steps:
+                skip -= steps
+                self._sender.effect += steps
+                continue
+            try:
+                self._result(host, result, skip)
+            except Exception:
+                log.exception("a result could not be carried out", kind=result[0])
+            skip = 0
+        self._header[CURSOR] = self._sender.effect = self._sender.effect + 1
+        self._ledger.note_done(shard, sequence)
+
+    def _result(self, host: HostLink | None, item: list[Any], skip: int) -> None:
+        """Carry out one result: its effects, each of them a step, and as the last step its end."""
+        kind = item[0]
+        effects = item[-1] if kind in WITH_EFFECTS else NO_EFFECTS
+        sender = self._sender
+        end = sender.effect + len(effects) + 1
+        if skip:
+            sender.effect += skip
+            effects = effects[skip:]
         try:
             if effects:
-                self.execute(effects)
+                self._execute(effects)
         finally:  # a fault of ours in an effect must not leave the message, and its room, in flight for ever
-            if table.number[slot] == number:
-                self._inbox.acknowledge(slot, end)
-                if table.phase[slot] != OPEN or self._lifecycle.reopened:
-                    self._lifecycle.message_acknowledged(slot)
+            self._header[CURSOR] = sender.effect = end
+            self._ends[kind](host, item)
 
-    def execute(self, effects: list[list[Any]]) -> None:
+    def _execute(self, effects: list[list[Any]]) -> None:
         """Carry out the effects of one turn, in their order."""
-        table = self._connections
+        table, sender, header = self._connections, self._sender, self._header
         for effect in effects:
+            header[CURSOR] = sender.effect = sender.effect + 1
             kind = effect[0]
             if kind == wire.SEND:
                 _, slot, number, data = effect
-                if table.number[slot] == number and (
+                if table.holds(slot, number) and (
                     table.phase[slot] <= OPEN or (table.phase[slot] == ENDING and self._rooms.is_linked(slot))
                 ):
-                    self._sender.send(slot, encode_message(data))
+                    sender.send(slot, encode_message(data))
                 else:
                     self.missed += 1
             elif kind == wire.BROADCAST:
                 self._broadcast(effect)
             elif kind == wire.RESPOND:
                 self._forward.respond(effect[1], effect[2], effect[3], effect[4])
-            elif table.number[effect[1]] == effect[2]:
+            elif table.holds(effect[1], effect[2]):
                 self._change(kind, effect)
 
     def _change(self, kind: int, effect: list[Any]) -> None:
-        slot, number = effect[1], effect[2]
+        slot = effect[1]
         table = self._connections
         if kind == wire.SHUT:
             self._lifecycle.close(slot, effect[3], effect[4], "server_close")
@@ -112,18 +195,9 @@ class Effects:
         if table.phase[slot] == CLOSED:
             return
         if kind == wire.STATE:
-            blob = effect[3]
-            if blob is None:
-                self._inbox.states.pop(slot, None)
-            else:
-                self._inbox.states[slot] = blob
-            self._lifecycle.batch.state(number, blob)
+            self._lifecycle.keep_state(slot, effect[3])
         elif kind == wire.TAGS:
-            room = table.room[slot]
-            assert room is not None
-            self._rooms.retag(slot, effect[3])
-            party, _, room_id = room.key.partition("/")
-            self._lifecycle.batch.tags(number, party, room_id, wire.blob_tags(effect[3]))
+            self._lifecycle.keep_tags(slot, effect[3])
 
     def _broadcast(self, effect: list[Any]) -> None:
         _, key, data, without, all_of, any_of, none_of = effect
@@ -138,23 +212,42 @@ class Effects:
         self.deliveries += len(slots)
         self._sender.send_to_many(slots, encode_message(data))
 
-    def _connected(self, _: HostLink, item: list[Any]) -> None:
-        _, slot, number, failed, effects = item
-        self.turns += 1
-        self.execute(effects)
-        self._lifecycle.connected(slot, number, failed)
+    def _paused(self, host: HostLink | None, item: list[Any]) -> None:
+        if host is not None:
+            host.paused = item[1]
 
-    def _closed(self, _: HostLink, item: list[Any]) -> None:
-        _, slot, number, effects = item
+    # What is said before a host is synced, or again after a gateway's death, is of turns that are not in
+    # flight.
+
+    def _turned(self, host: HostLink | None, item: list[Any]) -> None:
+        _, slot, number, end, _ = item
         self.turns += 1
-        self.execute(effects)
-        self._lifecycle.close_turn_ended(slot, number)
+        table = self._connections
+        if not table.holds(slot, number):
+            return
+        if host is None or not host.synced:
+            self._inbox.settle(slot, end)
+            return
+        self._inbox.acknowledge(slot, end)
+        if table.phase[slot] != OPEN or self._lifecycle.reopened:
+            self._lifecycle.message_acknowledged(slot)
+
+    def _connected(self, host: HostLink | None, item: list[Any]) -> None:
+        _, slot, number, failed, _ = item
+        self.turns += 1
+        self._lifecycle.connected(slot, number, failed, counted=host is not None and host.synced)
+
+    def _closed(self, host: HostLink | None, item: list[Any]) -> None:
+        _, slot, number, _ = item
+        self.turns += 1
+        self._lifecycle.close_turn_ended(slot, number, counted=host is not None and host.synced)
 
     # --- Questions about connections --------------------------------------------------------------
 
-    def _query(self, host: HostLink, item: list[Any]) -> None:
+    def _query(self, host: HostLink | None, item: list[Any]) -> None:
         _, question, key, what, argument = item
-        host.put([wire.REPLY, question, self.ask(key, what, argument)])
+        if host is not None:
+            host.put([wire.REPLY, question, self.ask(key, what, argument)])
 
     def ask(self, key: str, what: str, argument: Any) -> Any:
         """Answer a question about a room's open connections, from memory: no socket is touched, no room

@@ -9,6 +9,7 @@ next one.
 """
 
 import math
+import secrets
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ import trio
 from broker.gateway.http import HttpReply, HttpRequest, RequestRefused
 from broker.gateway.links import HostLink, Links
 from broker.gateway.parties import PartyView
+from broker.gateway.quarantine import RETRY_AFTER as QUARANTINED_RETRY_AFTER
+from broker.gateway.quarantine import Quarantine
 from hibernation import wire
 
 #: How long a request waits for a host that is being replaced.
@@ -95,13 +98,20 @@ class Pieces:
 class Forward:
     """See the module."""
 
-    def __init__(self, links: Links, flush: Any) -> None:
+    def __init__(self, links: Links, flush: Any, quarantine: Quarantine) -> None:
         self._links = links
+        self._quarantine = quarantine
         self._flush = flush
-        self._number = 0
+        # A host may still say what was meant for a former gateway: its numbers are none of ours.
+        self._number = secrets.randbits(52)
         self._pending: dict[int, Pending] = {}
         self.parties: dict[str, PartyView] = {}
         self.requests = 0
+
+    @property
+    def in_progress(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._pending)
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """Have a room, or `on_fetch`, answer.
@@ -128,6 +138,8 @@ class Forward:
                 raise RequestRefused(404, "this party answers no requests")
             key, kind = f"{party.name}/{request.room}", wire.REQUEST
             shard = wire.partition_of(key) % self._links.shard_count
+            if key in self._quarantine:
+                raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
         self._number = number = self._number + 1
         fields = request.fields()
         fields["party"] = party.name

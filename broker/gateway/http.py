@@ -115,6 +115,9 @@ class GatewayPort(Protocol):
     def ready(self) -> bool:
         """Tell whether rooms can be reached, for /_broker/health."""
 
+    def paused(self) -> str | None:
+        """Tell why rooms that write wait for the disk, for /_broker/health; None: they do not."""
+
     def give_back(self, sock: socket.socket, client: tuple[str, int]) -> None:
         """Take a socket whose next request, wholly unread, is an upgrade."""
 

@@ -348,6 +348,9 @@ class Application(QuartTrio):
         self, request: Request, path: str, headers: list[tuple[str, str]], peer: tuple[str, int]
     ) -> HttpReply:
         if path == "/health":
+            paused = self._port.paused()
+            if paused is not None:
+                return _page(request, 503, f"paused: {paused}", [("retry-after", "1")])
             if self._port.ready():
                 return _page(request, 200, "ready")
             return _page(request, 503, "not ready", [("retry-after", "1")])

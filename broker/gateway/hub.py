@@ -11,6 +11,7 @@ set would report it for ever (epoll(7)). All the others are level-triggered.
 
 import heapq
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, epoll
 from time import monotonic
@@ -65,6 +66,7 @@ class Hub:
         self.now = monotonic()
         self.second = int(self.now)
         self.ticks = 0
+        self._paused = False
 
     def park(self, descriptor: int) -> None:
         """Watch a connection's descriptor, edge-triggered."""
@@ -90,10 +92,29 @@ class Hub:
         del self._handlers[descriptor]
         self._epoll.unregister(descriptor)
 
+    def forget(self, descriptor: int) -> None:
+        """As `unwatch`, of a descriptor that may be closed already; nobody else holds its socket."""
+        self._handlers.pop(descriptor, None)
+        with suppress(OSError):
+            self._epoll.unregister(descriptor)
+
     def after(self, seconds: float, action: Callable[..., None], *arguments: Any) -> None:
         """Call `action(*arguments)` in a later tick, not before `seconds` have passed."""
         heapq.heappush(self._deadlines, (monotonic() + seconds, next(self._order), action, arguments))
         self._clock_wanted.set()
+
+    def pause(self) -> None:
+        """Serve no parked connection and no deadline until `go_on`: they are somebody else's meanwhile."""
+        self._paused = True
+
+    def go_on(self) -> None:
+        """Serve them again. `repark` each connection: what has happened to it was not looked at."""
+        self._paused = False
+        self._clock_wanted.set()
+
+    def repark(self, descriptor: int) -> None:
+        """Have a parked connection's descriptor reported anew."""
+        self._epoll.modify(descriptor, PARKED_EVENTS)
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -108,7 +129,8 @@ class Hub:
         self.now = now = monotonic()
         self.second = int(now)
         self.ticks += 1
-        handlers, parked, poll = self._handlers, self._parked, self._epoll.poll
+        handlers, poll = self._handlers, self._epoll.poll
+        parked = self._parked if not self._paused else _pass_over
         for _ in range(POLLS_PER_TICK):
             ready = poll(0, EVENTS_PER_TICK)
             if not ready:
@@ -130,6 +152,9 @@ class Hub:
                 await self._clock_wanted.wait()
             self.now = now = monotonic()
             self.second = int(now)
+            if self._paused:
+                await trio.sleep(CLOCK_SECONDS)
+                continue
             deadlines = self._deadlines
             while deadlines and deadlines[0][0] <= now:
                 _, _, action, arguments = heapq.heappop(deadlines)
@@ -149,6 +174,11 @@ class Hub:
             await trio.sleep(
                 CLOCK_SECONDS if not deadlines else min(max(deadlines[0][0] - now, CLOCK_SECONDS), 1)
             )
+
+
+def _pass_over(_descriptor: int, _events: int) -> bool:
+    """In place of `parked` while it is paused: a handler's descriptor is served all the same."""
+    return False
 
 
 __all__ = ["ENDED", "EPOLLET", "EPOLLIN", "EPOLLOUT", "EPOLLPRI", "Handler", "Hub"]

@@ -31,7 +31,9 @@ from typing import Final
 
 from broker.gateway.connections import (
     CLOSED,
+    CLOSING,
     DEFERRED,
+    ENDING,
     GONE,
     OPEN,
     PARTIAL,
@@ -433,7 +435,81 @@ class Inbox:
         except OSError:
             return  # the end is noticed where it is looked for
 
+    # --- A former gateway's -----------------------------------------------------------------------
+
+    def adopt_spill(self, slot: int) -> None:
+        """Go on with the large message of which a former gateway has moved a part, or all, into a file."""
+        if not self._spills.has_left:
+            return
+        table = self._connections
+        room = table.room[slot]
+        assert room is not None
+        try:
+            file = self._spills.take_left(table.number[slot])
+        except OSError as error:
+            log.error("a large message is lost: its spill file cannot be read", error=str(error))
+            return
+        if file is None:
+            return
+        size = table.consumed[slot] - file.start
+        if not 0 < size <= file.size:
+            file.delete()  # nothing of it had been taken out of the kernel, or its message is acknowledged
+            return
+        file.cut(size)
+        self._spills.grew(size)
+        reading = self._readings[slot] = Reading(file.start, room.party.message_bytes_max)
+        reading.file = file
+        table.flags[slot] |= READER
+        position, end = file.start, file.start + size
+        while position < end and not reading.complete:
+            head = file.read(position, min(end, position + HEADER_BYTES_MAX))
+            header = frame_header(head, 0, len(head))
+            reading.frame_start, reading.frame_end = position, 0
+            if header is None:
+                return
+            reading.reader.check_header(header)
+            reading.frame_end = position + header.header_bytes + header.length
+            if reading.frame_end > end:
+                return
+            events = reading.reader.feed(file.read(position, reading.frame_end))
+            reading.frames.append((position, reading.frame_end))
+            position = reading.frame_end
+            reading.frame_start, reading.frame_end = position, 0
+            for event in events:
+                if type(event) is Close:
+                    self.later(0.0, self._close_found, slot, table.number[slot], event)
+            reading.complete = any(type(event) is Message for event in events)
+
+    def _close_found(self, slot: int, number: int, close: Close) -> None:
+        if self._connections.holds(slot, number):
+            self.on_close_frame(slot, close.code, close.reason)
+
+    def forget_spills(self) -> None:
+        """Remove the spill files of connections that have gone."""
+        self._spills.forget_left()
+
     # --- The host has died ------------------------------------------------------------------------
+
+    def settle(self, slot: int, end: int) -> None:
+        """A turn has ended that was given out in a former life, of the message that ends at `end`: take
+        everything up to there out of the kernel. Nothing of it is in flight, and nothing is looked at before
+        the host has said that it has named all of these.
+        """
+        table = self._connections
+        if table.phase[slot] not in (OPEN, ENDING, CLOSING):
+            return
+        room = table.room[slot]
+        assert room is not None
+        reading = self._readings.get(slot) if table.flags[slot] & READER else None
+        if reading is not None:
+            # Of a message in a file, all of it; of one that is looked at in the kernel, whatever it has read.
+            whole = reading.complete and end >= reading.frames[-1][1]
+            if whole or (reading.file is None and end > reading.start):
+                self._drop_reading(slot)
+        if end > table.consumed[slot]:
+            self._consume(slot, end, room, None)
+            table.parsed[slot] = max(table.parsed[slot], end)
+        table.flags[slot] |= DEFERRED
 
     def forget_in_flight(self, slot: int) -> None:
         """Nothing that was dispatched has been acknowledged: look at it all again when the next host is

@@ -16,6 +16,7 @@ Invariants:
     F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
         last message's
     F3  the socket is open as long as a turn of one of its messages may have to be run again
+    F4  a Close of ours, and with it how the connection ends, is in the ledger's log before it is sent
 """
 
 import contextlib
@@ -23,13 +24,16 @@ import fcntl
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from time import time
 from typing import Final
 
+from cbor2 import dumps
+
 from broker.gateway.addresses import Addresses
 from broker.gateway.connections import (
+    ADMITTING,
     CLOSED,
     CLOSING,
     CONNECTING,
@@ -37,6 +41,7 @@ from broker.gateway.connections import (
     ENDING,
     FREE,
     GONE,
+    INTRODUCED,
     OPEN,
     PINGED,
     STORING,
@@ -45,8 +50,11 @@ from broker.gateway.connections import (
 from broker.gateway.frames import encode_close, encode_ping, encode_pong
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT, EPOLLPRI, Hub
 from broker.gateway.inbox import Inbox
+from broker.gateway.ledger import ENDING as ENDING_RECORD
+from broker.gateway.ledger import FORGOTTEN, NEWCOMER, STATE, TAGS, Record
 from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import SLOW, Sender
+from broker.gateway.recovery import Position, Remains, cookie, position
 from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation import wire
 from hibernation.logs import get_logger
@@ -80,6 +88,10 @@ class Newcomer:
     uri: str
     address: str
 
+    def encode(self) -> bytes:
+        """What a successor needs to go on."""
+        return dumps((self.head, self.head_bytes, self.request))
+
 
 @dataclass(slots=True)
 class Ending:
@@ -90,6 +102,10 @@ class Ending:
     clean: bool
     cause: str
     answered: bool = False
+
+    def encode(self) -> bytes:
+        """What a successor needs to end the connection in the same way."""
+        return dumps((self.code, self.reason, self.clean, self.cause))
 
 
 @dataclass(slots=True)
@@ -114,10 +130,13 @@ class Lifecycle:
     ) -> None:
         self._hub = hub
         self._connections = connections
+        self._ledger = connections.ledger
         self._rooms = rooms
         self._links = links
         self._inbox = inbox
         self._sender = sender
+        #: Given the slot of each socket that has ended: nobody else holds it any longer.
+        self.on_ended: Callable[[int], None] = lambda _slot: None
         self._close_seconds = settings.close_timeout_seconds
         self._ping_interval = round(settings.ping_interval_seconds)
         self._ping_timeout = round(settings.ping_timeout_seconds)
@@ -135,6 +154,9 @@ class Lifecycle:
         self.reopened = False
         self.draining = False
         self.accepted = 0
+        self._going_in: list[tuple[int, Position]] = []
+        #: Connections whose outgoing stream nobody could mend after a gateway's death.
+        self.torn = 0
         self.closes: dict[str, int] = {}
         # Set by the doors: what becomes of a newcomer whose id was taken, when the other lives or is dead.
         self.on_duplicate: Callable[[int], None]
@@ -152,10 +174,20 @@ class Lifecycle:
         newcomer = self._newcomers[slot]
         room = table.room[slot]
         assert room is not None
-        table.phase[slot] = STORING
+        table.set_phase(slot, STORING)
         number = table.number[slot]
         party, _, room_id = room.key.partition("/")
-        self.batch.open(number, party, room_id, newcomer.connection_id, newcomer.uri, time())
+        self.batch.open(
+            number, party, room_id, newcomer.connection_id, newcomer.uri, time(), address=newcomer.address
+        )
+        sock, ledger = table.sockets[slot], self._ledger
+        assert sock is not None
+        here = position(sock)  # behind a proxy there may have been requests before this one
+        ledger.cookie[slot] = cookie(sock)
+        ledger.base[slot] = here.taken + newcomer.head_bytes
+        ledger.before[slot] = table.written[slot] = here.written
+        ledger.add(NEWCOMER, slot, number, 0, newcomer.encode())
+        ledger.commit()
         self.storing.append((slot, number))
         self.storing_count += 1
 
@@ -197,7 +229,42 @@ class Lifecycle:
         table.unwatch(sock.fileno())
         table.release(slot)
         self._rooms.forget_if_empty(room)
+        self.on_ended(slot)
         return sock
+
+    def give_up(self) -> list[socket.socket]:
+        """Let go of those who are not let in yet: their requests are unread."""
+        table = self._connections
+        self._probes.clear()
+        return [self._forget(slot) for slot in list(self._newcomers) if table.phase[slot] == ADMITTING]
+
+    def forget_row(self, number: int) -> None:
+        """The row of a connection has to go."""
+        self.batch.forget(number)
+        self._ledger.add(FORGOTTEN, number=number)
+        self._ledger.commit()
+
+    def keep_state(self, slot: int, blob: bytes | None) -> None:
+        """A turn has given the connection another state; None: none."""
+        number = self._connections.number[slot]
+        if blob is None:
+            self._inbox.states.pop(slot, None)
+        else:
+            self._inbox.states[slot] = blob
+        self._ledger.add(STATE, slot, number, blob is not None, blob or b"")
+        self._ledger.commit()
+        self.batch.state(number, blob)
+
+    def keep_tags(self, slot: int, blob: bytes) -> None:
+        """A turn has given the connection other tags: a blob of `wire.tags_blob`."""
+        table = self._connections
+        number, room = table.number[slot], table.room[slot]
+        assert room is not None
+        self._rooms.retag(slot, blob)
+        self._ledger.add(TAGS, slot, number, 0, blob)
+        self._ledger.commit()
+        party, _, room_id = room.key.partition("/")
+        self.batch.tags(number, party, room_id, wire.blob_tags(blob))
 
     def committed(self, stored: list[tuple[int, int]]) -> None:
         """Rows are on disk: answer 101, and let the connect turns begin."""
@@ -211,32 +278,35 @@ class Lifecycle:
             assert sock is not None
             newcomer = self._newcomers[slot]
             if self.draining:
-                self.batch.forget(number)
+                self.forget_row(number)
                 self.turn_away(
                     slot,
                     b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n",
                 )
                 continue
             try:
-                sock.recv(newcomer.head_bytes)
-                sent = sock.send(newcomer.head)
+                if newcomer.head_bytes:
+                    sock.recv(newcomer.head_bytes)
+                sent = sock.send(newcomer.head) if newcomer.head else 0
             except OSError:
-                sent = 0
+                sent = -1
             if sent != len(newcomer.head):
                 # The client left before it was one.
-                self.batch.forget(number)
+                self.forget_row(number)
                 self._forget(slot)
-                sock.close()
+                end_socket(sock)
                 continue
+            table.written[slot] += sent
             self.accepted += 1
             room.arriving -= 1
             self._rooms.link(slot)
             table.seen[slot] = self._hub.second
             if room.party.wants_connect:
-                table.phase[slot] = CONNECTING
+                table.set_phase(slot, CONNECTING)
                 self._ask_connect(slot, room)
             else:
-                table.phase[slot] = OPEN
+                table.set_phase(slot, OPEN)
+                self._ledger.phase[slot] |= INTRODUCED
                 del self._newcomers[slot]
             self._hub.park(sock.fileno())
 
@@ -257,16 +327,17 @@ class Lifecycle:
         request = self._newcomers[slot].request
         link.put([wire.CONNECT, room.key, slot, table.number[slot], table.card[slot], state, request])
 
-    def connected(self, slot: int, number: int, failed: bool) -> None:
-        """The connect turn has ended: frames may come, unless it failed (S9)."""
+    def connected(self, slot: int, number: int, failed: bool, *, counted: bool = True) -> None:
+        """The connect turn has ended: frames may come, unless it failed (S9). `counted`: it is in flight."""
         table = self._connections
         if not table.holds(slot, number):
             return
         room = table.room[slot]
         assert room is not None
-        room.inflight_events -= 1
-        if room.waiting:
-            self._inbox.resume_waiting(room)
+        if counted:
+            room.inflight_events -= 1
+            if room.waiting:
+                self._inbox.resume_waiting(room)
         self._introduced(slot, failed=failed)
 
     def _introduced(self, slot: int, *, failed: bool) -> None:
@@ -274,8 +345,9 @@ class Lifecycle:
         table = self._connections
         self._newcomers.pop(slot, None)
         phase = table.phase[slot]
+        self._ledger.phase[slot] |= INTRODUCED
         if phase == CONNECTING:
-            table.phase[slot] = OPEN
+            table.set_phase(slot, OPEN)
             if failed:
                 self.close(slot, 1011, "", "server_close")
             else:
@@ -340,7 +412,7 @@ class Lifecycle:
         all.
         """
         if self._sender.waiting_bytes(slot) < 64 * 1024:
-            self._sender.send(slot, encode_pong(payload))
+            self._sender.say(slot, encode_pong(payload))
 
     def close_frame_came(self, slot: int, code: int, reason: str) -> None:
         """The peer's Close: answered when the turns before it are acknowledged (S14)."""
@@ -358,8 +430,9 @@ class Lifecycle:
             self._end(slot, Ending(code, reason, False, cause, answered=True))
             return
         if slot not in self._endings:
-            self._sender.send(slot, encode_close(code, reason))
-            self._end(slot, Ending(code, reason, False, cause, answered=True))
+            ending = Ending(code, reason, False, cause, answered=True)
+            self._say_close(slot, ending, ENDING)
+            self._end(slot, ending)
         else:
             self._end(slot, self._endings[slot])
 
@@ -379,8 +452,10 @@ class Lifecycle:
         table = self._connections
         if cause == SLOW and table.phase[slot] in (OPEN, CONNECTING, CLOSING):
             self._rooms.unlink(slot)
-            table.phase[slot] = ENDING
-            self._endings[slot] = Ending(1013, "", False, cause, answered=True)
+            table.set_phase(slot, ENDING)
+            ending = self._endings[slot] = Ending(1013, "", False, cause, answered=True)
+            self._ledger.add(ENDING_RECORD, slot, table.number[slot], ENDING, ending.encode())
+            self._ledger.commit()
             self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
         self._hub.after(0, self._failed, slot, table.number[slot])
 
@@ -408,15 +483,22 @@ class Lifecycle:
         table = self._connections
         if table.phase[slot] not in (OPEN, CONNECTING):
             return
-        table.phase[slot] = CLOSING
+        table.set_phase(slot, CLOSING)
         self._rooms.unlink(slot)
-        self._endings[slot] = Ending(code, reason, False, cause, answered=True)
-        self._sender.send(slot, encode_close(code, reason))
+        ending = self._endings[slot] = Ending(code, reason, False, cause, answered=True)
+        self._say_close(slot, ending, CLOSING)
         if table.phase[slot] == CLOSING:
             self._hub.after(self._close_seconds, self._close_timeout, slot, table.number[slot])
             if table.flags[slot] & (DEFERRED | GONE):
                 table.flags[slot] &= ~DEFERRED
                 self._discard(slot)
+
+    def _say_close(self, slot: int, ending: Ending, phase: int) -> None:
+        """Send the connection's Close (F4). `phase` is what a successor finds it in."""
+        table = self._connections
+        self._ledger.add(ENDING_RECORD, slot, table.number[slot], phase, ending.encode())
+        code = None if ending.code == 1005 else ending.code
+        self._sender.say(slot, encode_close(code, ending.reason if code is not None else ""))
 
     def _close_timeout(self, slot: int, number: int) -> None:
         table = self._connections
@@ -442,7 +524,7 @@ class Lifecycle:
         if phase in (FREE, ENDING, CLOSED):
             return
         ending = self._endings.setdefault(slot, ending)
-        table.phase[slot] = ENDING
+        table.set_phase(slot, ENDING)
         if ending.answered:
             self._rooms.unlink(slot)  # nothing more may be sent to it
         if phase != CLOSING and (not ending.answered or self._sender.waiting_bytes(slot)):
@@ -452,8 +534,7 @@ class Lifecycle:
     def _answer(self, slot: int, ending: Ending) -> None:
         ending.answered = True
         self._rooms.unlink(slot)
-        code = None if ending.code == 1005 else ending.code
-        self._sender.send(slot, encode_close(code, ending.reason if code is not None else ""))
+        self._say_close(slot, ending, ENDING)
 
     def _finish_if_done(self, slot: int) -> None:
         """Every turn of what was read is acknowledged: answer, close the socket, have the close turn run."""
@@ -481,12 +562,15 @@ class Lifecycle:
         descriptor = sock.fileno()
         self._hub.unpark(descriptor)
         table.unwatch(descriptor)
-        table.phase[slot] = CLOSED
+        self._ledger.add(ENDING_RECORD, slot, number, CLOSED, ending.encode())
+        self._ledger.commit()
+        table.set_phase(slot, CLOSED)
         if ending.cause in UNREACHABLE:
-            sock.close()
+            end_socket(sock)
         else:
             self._linger(sock)
         table.sockets[slot] = None
+        self.on_ended(slot)
         if room.party.wants_close:
             self.batch.closing(number, ending.code, ending.reason, ending.clean, ending.cause)
             self._ask_close(slot, room, ending)
@@ -517,15 +601,16 @@ class Lifecycle:
             ]
         )
 
-    def close_turn_ended(self, slot: int, number: int) -> None:
-        """The close turn is acknowledged: nothing is left of the connection."""
+    def close_turn_ended(self, slot: int, number: int, *, counted: bool = True) -> None:
+        """The close turn is acknowledged: nothing is left of the connection. `counted`: it is in flight."""
         table = self._connections
         if table.holds(slot, number) and table.phase[slot] == CLOSED:
             room = table.room[slot]
             assert room is not None
-            room.inflight_events -= 1
-            if room.waiting:
-                self._inbox.resume_waiting(room)
+            if counted:
+                room.inflight_events -= 1
+                if room.waiting:
+                    self._inbox.resume_waiting(room)
             self.closed(slot, number)
 
     def closed(self, slot: int, number: int) -> None:
@@ -533,7 +618,7 @@ class Lifecycle:
         table = self._connections
         room = table.room[slot]
         assert room is not None
-        self.batch.forget(number)
+        self.forget_row(number)
         self._inbox.drop(slot)
         self._endings.pop(slot, None)
         table.release(slot)
@@ -622,7 +707,7 @@ class Lifecycle:
                 in_flight = self._inbox.in_flight(slot)
                 self._inbox.forget_in_flight(slot)
                 if phase == ENDING and in_flight:
-                    table.phase[slot] = OPEN  # read again up to where it ended: the ending is kept
+                    table.set_phase(slot, OPEN)  # read again up to where it ended: the ending is kept
                     self.reopened = True
 
     def host_came(self, host: HostLink) -> None:
@@ -678,7 +763,7 @@ class Lifecycle:
                 continue
             if not flags[slot] & PINGED:
                 flags[slot] |= PINGED
-                self._sender.send(slot, encode_ping())
+                self._sender.say(slot, encode_ping())
             elif (flags[slot] & DEFERRED or self._inbox.in_flight(slot)) and self._has_acknowledged(slot):
                 # Its pong may be among what we do not read, or behind the window that we keep shut.
                 seen[slot] = now
@@ -705,7 +790,7 @@ class Lifecycle:
         self._probes[slot] = Probe([entry])
         table.flags[slot] |= PINGED
         self._hub.after(seconds, self._probe_timeout, slot, table.number[slot])
-        self._sender.send(slot, encode_ping(b"probe"))
+        self._sender.say(slot, encode_ping(b"probe"))
 
     def _alive(self, slot: int) -> None:
         probe = self._probes.pop(slot)
@@ -732,28 +817,149 @@ class Lifecycle:
         table = self._connections
         if table.phase[slot] in (OPEN, CONNECTING):
             table.unindex(slot)
-            self._sender.send(slot, encode_close(4409, "replaced"))
-            self._end(slot, Ending(4409, "replaced", False, "replaced", answered=True))
+            ending = Ending(4409, "replaced", False, "replaced", answered=True)
+            self._say_close(slot, ending, ENDING)
+            self._end(slot, ending)
 
     # --- Left by the gateway before ---------------------------------------------------------------
 
-    def survived(self, row: Row, room: RoomRecord) -> None:
-        """A row without a socket: its client was cut off when the gateway before this one died (S35)."""
+    def adopt(self, slot: int, sock: socket.socket, remains: Remains, row: Row, room: RoomRecord) -> None:
+        """Take over a connection as a former gateway left it: its row, its socket, its columns."""
+        table, ledger = self._connections, self._ledger
+        number = row.number
+        here = position(sock, ledger.base[slot] + ledger.consumed[slot])
+        blob = remains.tags.get(number)
+        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags) if blob is None else blob)
+        phase, introduced = ledger.phase[slot] & ~INTRODUCED, ledger.phase[slot] & INTRODUCED
+        table.take_over(slot, sock, room, card, self._hub.second)
+        table.written[slot] = here.written
+        self._take_position(slot, here)
+        state = remains.states.get(number, row.state)
+        if state is not None:
+            self._inbox.states[slot] = state
+        table.index(slot, row.id)
+        table.address[slot] = self.addresses.enter(row.address)
+        table.flags[slot] = (DEFERRED if here.unread else 0) | (GONE if here.ended else 0)
+        if phase == OPEN and introduced and number not in remains.numbers:  # as nearly all are
+            table.phase[slot] = OPEN
+            self._rooms.link(slot)
+            self._inbox.adopt_spill(slot)
+            self._hub.park(sock.fileno())
+            return
+        self._stage_again(row, remains)
+        newcomer = None if introduced else remains.newcomers.get(number)
+        if newcomer is not None:
+            head, head_bytes, request = newcomer
+            self._newcomers[slot] = Newcomer(head, head_bytes, request, row.id, row.uri, row.address)
+        if phase == STORING:
+            table.set_phase(slot, STORING)
+            self._going_in.append((slot, here))
+            return
+        self._rooms.link(slot)
+        self._inbox.adopt_spill(slot)
+        self._hub.park(sock.fileno())
+        frames, offset, torn = remains.pending(number, here.written)
+        if frames or number in remains.shut:
+            self._sender.restore(slot, frames, offset, shut=number in remains.shut)
+        found = remains.endings.get(number)
+        if torn:
+            self.torn += 1
+            self._sender.silence(slot)
+            found = (ENDING, 1006, "", False, "gateway_lost")
+        if found is None:
+            table.set_phase(slot, CONNECTING if newcomer is not None else OPEN)
+            if number in remains.shut:
+                self.failed(slot, SLOW)
+            return
+        phase, code, reason, clean, cause = found
+        self._endings[slot] = Ending(code, reason, clean, cause, answered=True)
+        self._rooms.unlink(slot)
+        table.set_phase(slot, phase)
+        if phase == ENDING and here.unread and newcomer is None:
+            table.set_phase(slot, OPEN)  # turns of what is unread may have to be run again
+            self.reopened = True
+        self._hub.after(self._close_seconds, self._close_timeout, slot, number)
+        if phase != OPEN:
+            self._hub.after(0, self._failed, slot, number)
+
+    def _take_position(self, slot: int, here: Position) -> None:
+        """Where the turns of the connection's messages have come to, as the kernel tells."""
+        table, ledger = self._connections, self._ledger
+        consumed = here.taken - ledger.base[slot]
+        if consumed == ledger.consumed[slot] + 1:
+            consumed -= 1  # a connection that has failed does not tell that the peer's FIN is among the bytes
+        table.consumed[slot] = table.parsed[slot] = table.last_end[slot] = max(consumed, 0)
+
+    def let_in(self) -> None:
+        """Finish the handshakes that a former gateway has begun: their rows are on disk."""
+        table, ledger = self._connections, self._ledger
+        for slot, here in self._going_in:
+            newcomer, room = self._newcomers[slot], table.room[slot]
+            assert room is not None
+            room.arriving += 1
+            newcomer.head_bytes = max(ledger.base[slot] - here.taken, 0)
+            newcomer.head = newcomer.head[here.written - ledger.before[slot] :]
+        self.storing_count += len(self._going_in)
+        self.committed([(slot, table.number[slot]) for slot, _ in self._going_in])
+        self._going_in.clear()
+
+    def survived(self, row: Row, room: RoomRecord, remains: Remains, slot: int | None = None) -> None:
+        """A row without a socket: its client was cut off when the gateway before this one died (S35), or had
+        gone before; then it has its `slot` still. What is left of it is its close turn.
+        """
         table = self._connections
-        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
-        slot = table.allocate(row.number, None, room, card, self._hub.second)
-        table.phase[slot] = CLOSED
-        if row.state is not None:
-            self._inbox.states[slot] = row.state
-        closing = row.closing
-        ending = (
-            Ending(1006, "", False, "gateway_lost", answered=True)
-            if closing is None
-            else Ending(closing.code, closing.reason, closing.clean, closing.cause, answered=True)
-        )
-        self._endings[slot] = ending
+        number = row.number
+        blob = remains.tags.get(number)
+        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags) if blob is None else blob)
+        if slot is None:
+            slot = table.allocate(number, None, room, card, self._hub.second)
+        else:
+            table.take_over(slot, None, room, card, self._hub.second)
+        table.set_phase(slot, CLOSED)
+        state = remains.states.get(number, row.state)
+        if state is not None:
+            self._inbox.states[slot] = state
+        found = remains.endings.get(number)
+        if found is not None:
+            _, code, reason, clean, cause = found
+        elif row.closing is not None:
+            code, reason, clean, cause = row.closing
+        else:
+            code, reason, clean, cause = 1006, "", False, "gateway_lost"
+        self._endings[slot] = Ending(code, reason, clean, cause, answered=True)
+        self._stage_again(row, remains)
+        if row.closing is None:
+            self.batch.closing(number, code, reason, clean, cause)
+
+    def _stage_again(self, row: Row, remains: Remains) -> None:
+        """What a former gateway had staged for the registry may not have got there."""
+        number = row.number
+        if number in remains.states and remains.states[number] != row.state:
+            self.batch.state(number, remains.states[number])
+        blob = remains.tags.get(number)
+        if blob is not None and wire.blob_tags(blob) != row.tags:
+            self.batch.tags(number, row.party, row.room, wire.blob_tags(blob))
+
+    def records(self) -> Iterator[Record]:
+        """What a successor has to know beside columns, outboxes and registry."""
+        table = self._connections
+        for slot, newcomer in self._newcomers.items():
+            if table.phase[slot] >= STORING:
+                yield Record(NEWCOMER, slot, table.number[slot], 0, newcomer.encode())
+        for slot, ending in self._endings.items():
+            if ending.answered:
+                phase = ENDING if table.phase[slot] == OPEN else table.phase[slot]
+                yield Record(ENDING_RECORD, slot, table.number[slot], phase, ending.encode())
 
     # --- The end of the gateway -------------------------------------------------------------------
+
+    def look_everywhere(self) -> None:
+        """Nothing was looked at for a while: have every socket reported anew."""
+        table = self._connections
+        for slot in range(len(table)):
+            sock = table.sockets[slot]
+            if sock is not None and table.phase[slot] >= CONNECTING:
+                self._hub.repark(sock.fileno())
 
     def drain(self) -> "deque[tuple[int, int]]":
         """Nobody comes in any more; returns who has to leave."""
@@ -770,3 +976,10 @@ class Lifecycle:
         """Connections whose close turn has not been acknowledged, or that are on their way to it."""
         phases = self._connections.phase
         return sum(phases.count(phase) for phase in (CONNECTING, OPEN, ENDING, CLOSING, CLOSED))
+
+
+def end_socket(sock: socket.socket) -> None:
+    """Close a socket, also for those who hold a duplicate: the peer sees its end at once."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+    sock.close()

@@ -2,11 +2,17 @@
 
 Owns the Unix socket `gateway.sock`, the greeting of whoever connects to it (a host, or the command line with
 an admin question), and for each host the outgoing batch of the present tick. Must not know what an item
-means; results go to `on_result`. Peers: `hibernation.link` (pure numbering), `hibernation.host` at the other
-end.
+means; messages go to `on_message`. Peers: `hibernation.link` (pure numbering), `hibernation.host` at the
+other end.
+
+A host comes with results that no gateway is known to have carried out: of turns that ended before this link,
+or before this host. They are carried out first. Only when it has said that this was all (`synced`) is it
+given events: what is given out before would be turns that have ended already.
 """
 
+import contextlib
 import os
+import secrets
 import socket
 import struct
 from collections import deque
@@ -15,6 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from broker.gateway.hub import EPOLLIN, EPOLLOUT, Hub
+from broker.gateway.ledger import Ledger
 from hibernation import wire
 from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
@@ -41,17 +48,27 @@ class HostLink:
         "bytes_max",
         "description",
         "executed",
+        "incarnation",
+        "index",
         "inflight_bytes",
         "link",
         "messages",
         "out",
+        "paused",
         "retiring",
         "shards",
+        "synced",
+        "token",
         "waiting",
     )
 
     def __init__(
-        self, hub: Hub, sock: socket.socket, description: dict[str, Any], settings: Settings
+        self,
+        hub: Hub,
+        sock: socket.socket,
+        description: dict[str, Any],
+        settings: Settings,
+        executed: int = 0,
     ) -> None:
         self._hub = hub
         self._socket = sock
@@ -59,10 +76,19 @@ class HostLink:
         self._outgoing = bytearray()
         self._known = 0
         #: Newest message of the host whose results have all been carried out.
-        self.executed = 0
+        self.executed = executed
+        self.incarnation: int = description.get("incarnation", 0)
+        #: It has said all that ended before this link, and may be given events; until then its results belong
+        #: to turns that this gateway, or this link, did not give out.
+        self.synced = False
+        #: What it has to say for that: one that was kept for a former gateway says another.
+        self.token = secrets.randbits(52)
+        #: Why its disk refuses commits; None: it does not.
+        self.paused: str | None = None
         self.description = description
+        self.index: int = description["index"]
         self.shards: list[int] = description["shards"]
-        self.link = Link()
+        self.link = Link(executed)
         self.out: list[Any] = []
         self.retiring = False
         #: Bytes of frames given to this host and not acknowledged (S24), and who waits for that to shrink.
@@ -79,6 +105,10 @@ class HostLink:
         self.out.append(item)
         if len(self.out) >= ITEMS_MAX:
             self.flush()
+
+    def welcome(self) -> None:
+        """Answer its greeting."""
+        self._write(encode({"received": self.executed, "token": self.token}))
 
     @property
     def is_full(self) -> bool:
@@ -146,7 +176,12 @@ class HostLink:
     def read(self) -> bool:
         """Read what has come, for `messages`. False: the host has gone."""
         try:
-            data = self._socket.recv(READ_BYTES)
+            try:
+                data = self._socket.recv(READ_BYTES)
+            except ConnectionResetError:
+                data = self._socket.recv(
+                    READ_BYTES
+                )  # it died with unread data; what it has said is still here
         except BlockingIOError:
             return True
         except OSError:
@@ -163,16 +198,17 @@ class HostLink:
 class Links:
     """All hosts, and the door at which they knock."""
 
-    def __init__(self, hub: Hub, settings: Settings, shard_count: int) -> None:
+    def __init__(self, hub: Hub, settings: Settings, shard_count: int, ledger: Ledger) -> None:
         self._hub = hub
         self._settings = settings
+        self._ledger = ledger
         self.shard_count = shard_count
         self.by_shard: list[HostLink | None] = [None] * shard_count
         self.hosts: list[HostLink] = []
         # Set by the core, which is made of things that need the links.
         self.on_host: Callable[[HostLink], None]
         self.on_host_gone: Callable[[HostLink], None]
-        self.on_result: Callable[[HostLink, list[Any]], None]
+        self.on_message: Callable[[HostLink, int, bytes | bytearray, list[Any]], None]
         self.on_admin: Callable[[socket.socket], None]
         self._listener: socket.socket | None = None
 
@@ -187,15 +223,15 @@ class Links:
         self._hub.watch(listener.fileno(), self._accept)
 
     def close(self) -> None:
-        """Close the door and every link."""
+        """Close the door and every link: all hosts have gone."""
         if self._listener is not None:
             self._hub.unwatch(self._listener.fileno())
             self._listener.close()
             self._listener = None
         for host in list(self.hosts):
-            host.close()
-        self.hosts.clear()
-        self.by_shard = [None] * self.shard_count
+            host.flush()
+            host.acknowledge()
+            self._gone(host)
 
     def flush(self) -> None:
         """End of a tick."""
@@ -229,20 +265,53 @@ class Links:
 
     def greeted(self, sock: socket.socket, description: dict[str, Any]) -> None:
         """A host has said who it is."""
-        if description["version"] != wire.VERSION or description["shard_count"] != self.shard_count:
-            log.error("a host of another version was turned away", pid=description.get("pid"))
+        reason = self._objection(description)
+        if reason:
+            log.error("a host is turned away", pid=description.get("pid"), reason=reason)
+            with contextlib.suppress(OSError):
+                sock.send(encode({"error": reason}))
             sock.close()
             return
-        host = HostLink(self._hub, sock, description, self._settings)
-        for former in [each for each in self.hosts if not set(each.shards).isdisjoint(host.shards)]:
+        incarnation, shards = description["incarnation"], set(description["shards"])
+        for former in [each for each in self.hosts if not shards.isdisjoint(each.shards)]:
             # It has ended, or else these shards could not be open again. What it has said still counts.
             while former in self.hosts and former.has_more:
                 self._ready(former, EPOLLIN)
             self._gone(former)
+        for shard, generation in description["generations"].items():
+            self._ledger.note_generation(shard, generation)
+        # What a gateway has acknowledged the host does not have any more, whether or not this one knows of
+        # it.
+        executed = self._ledger.meet_host(description["index"], incarnation, description["acknowledged"])
+        host = HostLink(self._hub, sock, description, self._settings, executed)
         self.hosts.append(host)
+        self._hub.watch(sock.fileno(), lambda events: self._ready(host, events))
+        host.welcome()
+
+    def _objection(self, description: dict[str, Any]) -> str:
+        """Why this host may not serve; empty: it may."""
+        version, shard_count = description["version"], description["shard_count"]
+        if version != wire.VERSION:
+            return f"it speaks version {version} of the link, and this gateway {wire.VERSION}: restart both"
+        if shard_count != self.shard_count:
+            return f"it counts {shard_count} shards, and this gateway {self.shard_count}: restart both"
+        for shard, generation in description["generations"].items():
+            newest = self._ledger.generation(shard)
+            if generation < newest:
+                return (
+                    f"its generation {generation} of shard {shard} has been replaced by generation {newest}"
+                )
+        return ""
+
+    def synced(self, host: HostLink, token: int) -> None:
+        """The host has said all that ended before; from now on it is given events."""
+        if token != host.token or host.synced:
+            return
+        host.synced = True
+        if host.retiring:
+            return
         for shard in host.shards:
             self.by_shard[shard] = host
-        self._hub.watch(sock.fileno(), lambda events: self._ready(host, events))
         self.on_host(host)
 
     def _ready(self, host: HostLink, events: int) -> None:
@@ -252,19 +321,20 @@ class Links:
             return
         try:
             there = host.read()
-            link, on_result = host.link, self.on_result
+            link = host.link
             for message in host.messages:
                 if link.is_gap(message):
                     host.ask_repetition()
                 if link.wants_repetition(message):
                     host.repeat()
-                for item in link.take(message):
-                    try:
-                        on_result(host, item)
-                    except Exception:
-                        # A fault of ours costs this one result, not those that came with it.
-                        log.exception("a result could not be carried out", kind=item[0])
+                items = link.take(message)
+                if items:
+                    self.on_message(host, link.received, host.messages.raw, items)
                 host.executed = link.received
+                if link.wants_acknowledgement(message):
+                    host.acknowledge()
+            if host.retiring:
+                host.acknowledge()  # it waits for that, to leave nothing behind
             if not there:
                 self._gone(host)
         except LinkError as error:

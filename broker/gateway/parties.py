@@ -49,6 +49,14 @@ class PartyView:
             message_bytes_max=settings.message_bytes_max,
         )
 
+    @classmethod
+    def unknown(cls, name: str, settings: Settings) -> "PartyView":
+        """A party of which only the name is known: nothing wakes its rooms."""
+        return cls.from_description(
+            {"name": name, "hooks": [], "cors": None, "settings": {}, "hibernate": True, "subprotocols": []},
+            settings,
+        )
+
     def without_hooks(self) -> "PartyView":
         """The same party once no host knows it any more: its connections stay, nothing wakes its rooms."""
         return replace(

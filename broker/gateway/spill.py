@@ -14,11 +14,18 @@ class SpillFile:
 
     __slots__ = ("_descriptor", "_path", "size", "start")
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, *, left: bool = False) -> None:
+        """Make the file, or take one that a former gateway has `left`."""
+        how = os.O_RDWR | os.O_CLOEXEC | (0 if left else os.O_CREAT | os.O_TRUNC)
         self._path = path
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._descriptor = os.open(path, how, 0o600)
         self.start = start
-        self.size = 0
+        self.size = os.fstat(self._descriptor).st_size if left else 0
+
+    def cut(self, size: int) -> None:
+        """Forget what lies beyond: it is still in the kernel."""
+        os.ftruncate(self._descriptor, size)
+        self.size = size
 
     def append(self, data: memoryview) -> None:
         """Add what comes next in the stream."""
@@ -53,8 +60,29 @@ class Spills:
         self._bytes_max = bytes_max
         self.bytes = 0
         directory.mkdir(mode=0o700, exist_ok=True)
-        for left in directory.iterdir():
-            left.unlink()
+        #: Files of a former gateway, by connection number: where in its stream they begin.
+        self._left: dict[int, int] = {}
+        for path in directory.iterdir():
+            number, _, start = path.name.partition("-")
+            self._left[int(number)] = int(start)
+
+    @property
+    def has_left(self) -> bool:
+        """Whether a former gateway has left files that nobody has taken."""
+        return bool(self._left)
+
+    def take_left(self, number: int) -> SpillFile | None:
+        """The file that a former gateway has left of this connection."""
+        start = self._left.pop(number, None)
+        if start is None:
+            return None
+        return SpillFile(self._directory / f"{number}-{start}", start, left=True)
+
+    def forget_left(self) -> None:
+        """Remove what nobody has taken."""
+        for number, start in self._left.items():
+            (self._directory / f"{number}-{start}").unlink(missing_ok=True)
+        self._left.clear()
 
     @property
     def has_room(self) -> bool:

@@ -220,12 +220,13 @@ def test_every_setting_is_an_option_of_each_command_that_starts(command):
 
 def test_the_commands_are_listed_and_the_version_is_printed():
     result = invoke("--help")
-    names = ["demo", "dev", "serve", "rooms", "connections", "stats", "broadcast", "send", "kick", "stop"]
-    assert re.findall(r"^  ([a-z]+)  ", result.output, re.MULTILINE) == names
+    names = ["demo", "dev", "serve", "rooms", "connections", "stats", "broadcast", "send", "kick"]
+    names += ["reload", "upgrade", "drain", "stop", "explain", "dead-letters"]
+    assert re.findall(r"^  ([a-z][a-z-]*)  ", result.output, re.MULTILINE) == names
     assert re.fullmatch(r"broker, version \S+.*\n", invoke("--version").output)
 
 
-@pytest.mark.parametrize("command", ["rooms", "connections", "stats", "stop"])
+@pytest.mark.parametrize("command", ["rooms", "connections", "stats", "reload", "upgrade", "drain", "stop"])
 def test_a_command_to_an_instance_that_does_not_run_has_status_1(tmp_path, command):
     result = invoke(command, "--data", str(tmp_path))
     assert result.exit_code == 1
@@ -308,17 +309,19 @@ def test_connections_are_asked_for_by_party_room_tag_and_id(tmp_path):
 
 
 def test_stats_names_the_supervisor_as_the_data_directory_does(tmp_path):
-    ProcessList(tmp_path).write([("supervisor", os.getpid()), ("gateway", 1)])
+    here = os.getpid()
+    ProcessList(tmp_path).write([("supervisor", here), ("gateway", 1), ("keeper", here), ("spare", here)])
     answer = {"supervisor": 1, "gateways": [7], "hosts": [8], "connections": 12345, "refused": {"503": 1}}
     with Gateway(tmp_path, lambda _: {"result": answer}):
         result = invoke("stats", "--data", str(tmp_path), "--json")
         table = invoke("stats", "--data", str(tmp_path))
     given = json.loads(result.output)
-    assert {name: given[name] for name in ("supervisor", "gateways", "keepers", "hosts")} == {
-        "supervisor": os.getpid(),
+    assert {name: given[name] for name in ("supervisor", "gateways", "keepers", "hosts", "spares")} == {
+        "supervisor": here,
         "gateways": [7],
-        "keepers": [],
+        "keepers": [here],
         "hosts": [8],
+        "spares": [here],
     }
     assert "12,345" in table.output and "refused 503" in table.output
 
@@ -521,7 +524,7 @@ def test_broadcast_send_and_kick_reach_the_sockets(broker, served):
 def test_stop_drains_and_returns_when_all_have_exited(broker, served):
     pids = broker.stats()
     assert str(pids["supervisor"]) in broker.ask("stop")
-    for pid in (*pids["gateways"], *pids["hosts"]):
+    for pid in (*pids["gateways"], *pids["keepers"], *pids["hosts"]):
         assert started_at_ticks(pid) is None
     assert invoke("stop", "--data", str(broker.folder / ".broker")).exit_code == 1
 
@@ -535,10 +538,14 @@ def test_stop_ends_what_a_dead_supervisor_has_left_behind(broker, served):
     with open_room(served, "lobby") as client:
         client.send("still there")
         assert client.recv(timeout=10) == "still there"
-        status, _, err = broker.run("serve", "chat.py", "--bind", "127.0.0.1:0")
-        assert status == 1 and f"gateway (pid {pids['gateways'][0]})" in err and "broker stop" in err
+        refused = invoke("reload", "--data", str(broker.folder / ".broker"))
+        assert refused.exit_code == 1
+        assert "broker serve on the same directory takes that over" in refused.output
+        # An address can only be changed by a stop and a start.
+        status, _, err = broker.run("serve", "chat.py", "--bind", f"127.0.0.1:{free_port()}")
+        assert status == 1 and "the instance that is to be taken over listens at" in err
         broker.ask("stop")
-    for pid in (*pids["gateways"], *pids["hosts"]):
+    for pid in (*pids["gateways"], *pids["keepers"], *pids["hosts"]):
         assert started_at_ticks(pid) is None
 
 

@@ -6,7 +6,7 @@ the marks is written by hand.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -34,7 +34,14 @@ def settings_table(scope: str) -> str:
 
 def command_reference() -> str:
     """A section for each command: how it is written, what it does, its own options."""
-    return "\n".join(_section(name, command) for name, command in cli.commands.items())
+    return "\n".join(_sections("", cli.commands))
+
+
+def _sections(before: str, commands: Mapping[str, click.Command]) -> Iterator[str]:
+    for name, command in commands.items():
+        yield _section(before + name, command)
+        if isinstance(command, click.Group):
+            yield from _sections(f"{before}{name} ", command.commands)
 
 
 def _section(name: str, command: click.Command) -> str:

@@ -215,7 +215,7 @@ def test_the_page_of_invariants_lists_those_of_the_modules() -> None:
 def test_invariants_that_are_cited_exist() -> None:
     known = set(re.findall(r"^\| ([A-Z]\d+) \|", (DOCS / "invariants.md").read_text(), re.MULTILINE))
     for path in [*SOURCES, *PAGES]:
-        cited = set(re.findall(r"\b([CDFHLO]\d)\b", path.read_text()))
+        cited = set(re.findall(r"\b([CDFHKLO]\d)\b", path.read_text()))
         assert cited <= known, path
 
 
@@ -295,4 +295,4 @@ def test_the_tutorial_is_true(reader: tuple[Reader, BrokerProcess]) -> None:
 @pytest.mark.e2e
 def test_every_statistic_is_described(reader: tuple[Reader, BrokerProcess]) -> None:
     text = section(page("commands.md"), "## What `broker stats` shows")
-    assert first_cells(text) == {*reader[1].stats(), "keepers"}
+    assert first_cells(text) == {*reader[1].stats(), "keepers", "spares"}

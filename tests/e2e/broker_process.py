@@ -16,10 +16,11 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from hibernation.admin import AdminClient
+from hibernation.admin import AdminClient, AdminError
 from hibernation.processes import ProcessList
 from tests.e2e.raw_client import RawClient
 
@@ -159,17 +160,12 @@ class BrokerProcess:
 
     def destroy(self) -> None:
         """Kill whatever is left of it, no questions asked."""
-        process, self._process = self._process, None
-        if process is None:
-            return
         # The supervisor first: it would start the others again.
-        process.kill()
-        process.wait()
+        if self._process is not None:
+            self.kill_supervisor()
         for pid in self._children():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        assert process.stdout is not None
-        process.stdout.close()
 
     # --- Addresses
 
@@ -226,8 +222,13 @@ class BrokerProcess:
     def _listed(self, kind: str) -> list[int]:
         return [pid for name, pid in sorted(ProcessList(self.data).surviving()) if name.startswith(kind)]
 
+    def keeper_pid(self) -> int:
+        """The keeper's process id."""
+        [pid] = self._listed("keeper")
+        return pid
+
     def _children(self) -> list[int]:
-        return self._listed("gateway") + self._listed("host")
+        return [pid for name, pid in ProcessList(self.data).surviving() if name != "supervisor"]
 
     def unread_bytes(self, peer_port: int | None = None) -> int:
         """What clients have sent and the gateway has not consumed, FIONREAD as the kernel counts it.
@@ -263,6 +264,33 @@ class BrokerProcess:
         if wait_for_next:
             self.wait_for_hosts(len(before), without=before)
 
+    def kill(self, *kinds: str, number: int = signal.SIGKILL) -> list[int]:
+        """End the processes of these kinds ("gateway", "keeper", "host"), all at once; returns when they have
+        gone.
+        """
+        pids = [pid for kind in kinds for pid in eventually(partial(self._listed, kind), f"a {kind}")]
+        for pid in pids:
+            os.kill(pid, number)
+        eventually(lambda: not any(_runs(pid) for pid in pids), f"end of {kinds}")
+        return pids
+
+    def kill_gateway(self) -> None:
+        """End the gateway with SIGKILL, and wait until its successor serves all shards."""
+        [before] = self.kill("gateway")
+        self.wait_for_gateway(without=before)
+
+    def wait_for_gateway(self, *, without: int) -> None:
+        """Wait until another gateway than this one serves all shards."""
+
+        def serves() -> bool:
+            try:
+                stats = self.stats()
+            except AdminError:
+                return False  # between two gateways nobody answers
+            return bool(stats["ready"] and stats["gateways"] != [without])
+
+        eventually(serves, "a gateway that serves")
+
     def wait_for_hosts(self, count: int = 1, *, without: Sequence[int] = ()) -> None:
         """Wait until the gateway has links to `count` hosts, none of which is one of `without`."""
 
@@ -271,6 +299,28 @@ class BrokerProcess:
             return len(hosts) == count and not set(hosts) & set(without)
 
         eventually(linked, f"{count} new hosts")
+
+    def kill_supervisor(self) -> None:
+        """kill -9 of the supervisor alone: `start` takes over what it leaves behind."""
+        process, self._process = self._process, None
+        assert process is not None and process.stdout is not None
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+    def command(self, name: str, *arguments: str) -> tuple[int, str]:
+        """Run a command that speaks to this instance; gives its status and what it said."""
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "broker", name, "--data", str(self.data), *arguments],
+            cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=3 * DEADLINE_SECONDS,
+            check=False,
+        )
+        return done.returncode, done.stdout
 
     # --- Log
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cbor2 import dumps, loads
 
 import hibernation.commits
 from broker import Server
-from hibernation.cells import Cell, Kind
+from hibernation.cells import Batch, Cell, Kind
 from hibernation.commits import Commits
 from hibernation.party import make_parties
 from hibernation.room import Room
 from hibernation.settings import Settings
+from storage.errors import CommitRefused, CommitUnknown
 from storage.shards import Shard
 from storage.values import decode, encode
 
@@ -63,15 +65,32 @@ class Disk:
         }
         self.writer = FakeWriter()
         self.released: list[Any] = []
+        self.paused: list[str | None] = []
         self.commits = Commits(
             self.shards,
             SHARDS,
             self.writer,  # type: ignore[arg-type]
             inline,
-            lambda batch: self.released.extend(batch.results),
+            self._released,
+            self.paused.append,
         )
         (party,) = make_parties([Main])
         self._kind = Kind(party, Settings())
+
+    def _released(self, batch: Batch) -> None:
+        for rows in batch.rows.values():
+            for _, items in rows:
+                self.released += loads(items)
+        self.released += batch.late
+
+    def completed(self) -> None:
+        """What the host does when the writer has finished a job."""
+        self.commits.completed()
+        self.commits.end_round()
+
+    def outbox(self) -> list[Any]:
+        """What the outboxes hold, in the order of the commits of each shard."""
+        return [loads(items) for shard in self.shards.values() for _, items in shard.rows()]
 
     def close(self) -> None:
         for shard in self.shards.values():
@@ -125,7 +144,7 @@ def test_a_turn_that_neither_wrote_nor_read_anything_uncommitted_waits_for_nothi
     disk.commits.end_round()
     assert disk.names() == ["read"]
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert disk.names() == ["read", "write"]
     assert disk.stored(writes, "key") == 1
 
@@ -143,11 +162,11 @@ def test_results_of_a_room_leave_in_the_order_of_its_turns(disk):
     disk.commits.end_round()  # the first commit is still under way
     assert len(disk.writer.jobs) == 1
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert disk.names() == ["write 1", "read 1", "read 2"]
     assert cell.pending  # the newer value is not on disk
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert disk.names() == ["write 1", "read 1", "read 2", "write 2", "read 3"]
     assert (cell.pending, cell.gate, disk.commits.idle) == ({}, 0, True)
     disk.turn(cell, "read 4")
@@ -163,8 +182,8 @@ def test_the_turns_of_a_round_commit_together(disk):
         disk.turn(cell, f"{number}", key=number)
     disk.commits.end_round()
     disk.writer.finish()
-    disk.commits.completed()
-    assert disk.names() == [f"{number}" for number in range(50)]
+    disk.completed()
+    assert sorted(disk.names(), key=int) == [f"{number}" for number in range(50)]
     assert [disk.stored(cell, "key") for cell in cells] == list(range(50))
     assert disk.commits.count == 1
 
@@ -175,7 +194,7 @@ def test_delete_all_hides_what_is_on_disk_until_it_is_gone(disk):
     disk.turn(cell, "a", old=1, older=2)
     disk.commits.end_round()
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     disk.turn(cell, "b", mid=1)
     disk.turn(cell, "c", clear=True, new=1)
     assert (cell.pending, cell.pending_cleared) == ({"new": encode(1)}, True)
@@ -183,10 +202,10 @@ def test_delete_all_hides_what_is_on_disk_until_it_is_gone(disk):
     disk.commits.end_round()
     disk.turn(cell, "e", last=3)
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert [disk.stored(cell, key) for key in ("old", "older", "mid", "new", "newer")] == [None] * 4 + [2]
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert cell.room is not None
     assert (cell.pending, cell.pending_cleared, cell.room._pending_cleared) == ({}, False, False)
     assert disk.stored(cell, "last") == 3
@@ -202,12 +221,12 @@ def test_what_waits_for_the_disk_is_done_after_the_results_have_left(disk):
     disk.commits.end_round()
     assert seen == ["at once"]
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert seen == ["at once", ["a"]]
 
 
-def test_nobody_waits_for_results_once_they_are_forgotten(disk):
-    """S34: the gateway has gone; what is on its way to disk gets there, what is not has not happened."""
+def test_results_outlive_their_gateway_and_nothing_else_does(disk):
+    """S22, S34: a turn that has ended has ended, whether its batch is on its way to disk or still forms."""
     cell, other = disk.cell("r"), disk.cell("other")
     disk.turn(cell, "a", key=1)
     disk.commits.after(cell, lambda: pytest.fail("nobody waits"))
@@ -215,15 +234,12 @@ def test_nobody_waits_for_results_once_they_are_forgotten(disk):
     disk.turn(other, "b", key=1)
     disk.commits.forget()
     disk.writer.finish()
-    disk.commits.completed()
-    assert (disk.names(), disk.stored(cell, "key"), disk.stored(other, "key")) == ([], 1, None)
-    assert disk.commits.idle
-    again = disk.cell("r")
-    disk.turn(again, "c", key=2)
-    disk.commits.end_round()
+    disk.completed()
+    assert (disk.names(), disk.stored(cell, "key"), disk.stored(other, "key")) == (["a"], 1, None)
     disk.writer.finish()
-    disk.commits.completed()
-    assert (disk.names(), disk.stored(again, "key")) == (["c"], 2)
+    disk.completed()
+    assert (disk.names(), disk.stored(other, "key")) == (["a", "b"], 1)
+    assert disk.commits.idle
 
 
 def test_inline_commits_are_done_at_the_end_of_the_round(tmp_path):
@@ -250,7 +266,7 @@ def test_a_commit_waits_for_a_checkpoint_that_the_writer_makes(tmp_path, monkeyp
     assert disk.names() == ["a"]
     monkeypatch.setattr(Shard, "checkpoint_due", False)
     disk.writer.finish()
-    disk.commits.completed()
+    disk.completed()
     assert disk.names() == ["a", "b"]
     assert disk.commits.idle
     disk.close()
@@ -269,8 +285,8 @@ def test_a_failed_commit_ends_the_host_and_nothing_leaves(tmp_path, monkeypatch,
         statuses.append(status)
         raise Died
 
-    def fail(batch: Any) -> None:
-        raise OSError("disk full")
+    def fail(*_: Any) -> None:
+        raise CommitUnknown("0.db", "fsync failed")
 
     monkeypatch.setattr(os, "_exit", die)
     for shard in disk.shards.values():
@@ -280,12 +296,185 @@ def test_a_failed_commit_ends_the_host_and_nothing_leaves(tmp_path, monkeypatch,
     with pytest.raises(Died):
         disk.commits.end_round()
         disk.writer.finish()
-        disk.commits.completed()
+        disk.completed()
     assert statuses == [os.EX_IOERR]
     assert disk.names() == []
     disk.close()
 
 
+# The outbox
+
+
+def test_what_a_commit_releases_is_on_disk_with_it(disk):
+    """S22, H6: in the same transaction; what needed no commit is not, and comes behind it."""
+    cell, reader = disk.cell("r"), disk.cell("reader")
+    disk.turn(cell, "write 1", key=1)
+    disk.turn(cell, "read 1")
+    disk.turn(reader, "elsewhere")
+    disk.commits.end_round()
+    disk.turn(cell, "read 2")  # wrote nothing, and the row is sealed
+    assert disk.outbox() == []
+    disk.writer.finish()
+    assert disk.outbox() == [[["write 1"], ["read 1"]]]
+    disk.completed()
+    assert disk.names() == ["elsewhere", "write 1", "read 1", "read 2"]
+    assert disk.commits.idle
+    assert not disk.writer.jobs
+
+
+def test_rows_leave_the_outbox_with_the_next_commit_or_by_themselves(disk):
+    """H6: not before somebody says that they are executed."""
+    cell = disk.cell("r")
+    shard = disk.commits.shard_of(cell.key)
+    for number in range(3):
+        disk.turn(cell, f"{number}", key=number)
+        disk.commits.end_round()
+        disk.writer.finish()
+        disk.completed()
+    assert disk.outbox() == [[["0"]], [["1"]], [["2"]]]
+    first, second, third = [number for number, _ in disk.shards[shard].rows()]
+    assert first < second < third
+    disk.commits.executed(shard, second)
+    assert disk.commits.untidy
+    disk.turn(cell, "3", key=3)
+    disk.commits.tidy()  # the commit does it
+    assert not disk.writer.jobs
+    disk.commits.end_round()
+    disk.writer.finish()
+    disk.completed()
+    assert disk.outbox() == [[["2"]], [["3"]]]
+    assert not disk.commits.untidy
+    disk.commits.executed(shard, third + 1)
+    disk.commits.tidy()
+    assert not disk.commits.idle
+    disk.writer.finish()
+    disk.completed()
+    assert (disk.outbox(), disk.commits.untidy, disk.commits.idle) == ([], False, True)
+    disk.commits.tidy()
+    assert not disk.writer.jobs
+    assert disk.names() == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_large_results_go_in_several_rows_in_their_order(disk, monkeypatch, over):
+    """At the limit one row holds them; above, each half has its own, down to a single result, which passes
+    whatever its size.
+    """
+    cell = disk.cell("r")
+    for name in ("a" * 30, "b", "c", "d" * 100):
+        disk.turn(cell, name, key=name)
+    size = len(dumps([["a" * 30], ["b"], ["c"], ["d" * 100]]))
+    monkeypatch.setattr(hibernation.commits, "ROW_BYTES_MAX", size - over)
+    disk.commits.end_round()
+    disk.writer.finish()
+    disk.completed()
+    assert len(disk.outbox()) == 1 + over
+    assert disk.names() == ["a" * 30, "b", "c", "d" * 100]
+    numbers = [number for number, _ in disk.shards[disk.commits.shard_of(cell.key)].rows()]
+    assert numbers == sorted(set(numbers))
+
+
+# A disk that takes nothing
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_refused_commit_is_kept_and_tried_again(tmp_path, monkeypatch, inline):
+    """S36: nothing of it leaves; rooms that do not need it go on; what one shard took is not given again."""
+    monkeypatch.setattr(hibernation.commits, "log", _Quiet())
+    disk = Disk(tmp_path, inline=inline)
+    cells = [disk.cell(f"r{number}") for number in range(8)]
+    full = disk.shards[0]
+    commit, tried = full.commit, []
+
+    def refuse(*arguments: Any) -> None:
+        tried.append(arguments)
+        raise CommitRefused("0.db", "the disk is full", "Free some space")
+
+    monkeypatch.setattr(full, "commit", refuse)
+    for number, cell in enumerate(cells):
+        disk.turn(cell, f"{number}", key=number)
+    disk.commits.end_round()
+    if not inline:
+        disk.writer.finish()
+        disk.completed()
+    for _ in range(3):
+        assert disk.paused == ["the disk is full. Free some space."]
+        assert (disk.commits.idle, disk.commits.paused) == (False, disk.paused[0])
+        assert disk.names() == []
+        disk.commits.retry()
+        disk.commits.retry()  # one attempt at a time
+        disk.writer.finish()
+        disk.completed()
+    assert len(tried) == 4
+    disk.turn(disk.cell("reader"), "read")
+    disk.turn(cells[0], "waits", other=1)
+    assert disk.names() == ["read"]
+    monkeypatch.setattr(full, "commit", commit)
+    disk.commits.retry()
+    disk.writer.finish()
+    disk.completed()
+    assert disk.paused == ["the disk is full. Free some space.", None]
+    assert disk.commits.paused is None
+    if not inline:
+        assert sorted(disk.names()) == [*"01234567", "read"]
+        disk.writer.finish()
+        disk.completed()
+    assert sorted(disk.names()) == [*"01234567", "read", "waits"]
+    assert [disk.stored(cell, "key") for cell in cells] == list(range(8))
+    assert sorted(each for row in disk.outbox() for each in row) == [
+        *([each] for each in "01234567"),
+        ["waits"],
+    ]
+    assert disk.commits.idle
+    disk.close()
+
+
+def test_rows_that_cannot_be_deleted_now_are_deleted_later(disk, monkeypatch):
+    """S36: a full disk pauses nobody for the sake of old rows."""
+    cell = disk.cell("r")
+    shard = disk.commits.shard_of(cell.key)
+    disk.turn(cell, "a", key=1)
+    disk.commits.end_round()
+    disk.writer.finish()
+    disk.completed()
+    ((number, _),) = disk.shards[shard].rows()
+    disk.commits.executed(shard, number)
+
+    def refuse(*_: Any) -> None:
+        raise CommitRefused("0.db", "the disk is full", "Free some space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk.shards[shard], "commit", refuse)
+        disk.commits.tidy()
+        disk.writer.finish()
+        disk.completed()
+    assert (disk.paused, disk.commits.untidy, disk.commits.idle) == ([], True, True)
+    disk.commits.tidy()
+    disk.writer.finish()
+    disk.completed()
+    assert (disk.outbox(), disk.commits.untidy) == ([], False)
+
+
 class _Quiet:
     def critical(self, *_: Any, **__: Any) -> None:
         pass
+
+    error = info = critical
+
+
+def test_what_could_not_be_committed_before_a_gateway_went_has_not_been(disk):
+    """S22, H8: its rooms begin again from what is on disk, and its events are given out again."""
+    disk.commits._ready = lambda _: False
+    cell = disk.cell("r")
+    disk.turn(cell, "a", key=1)
+    disk.commits.end_round()
+    disk.commits.forget()
+    disk.commits.abandon()
+    disk.commits._ready = lambda _: True
+    assert disk.commits.idle
+    again = disk.cell("r")
+    disk.turn(again, "b", key=2)
+    disk.commits.end_round()
+    disk.writer.finish()
+    disk.completed()
+    assert (disk.names(), disk.stored(again, "key")) == (["b"], 2)

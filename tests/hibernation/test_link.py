@@ -7,7 +7,9 @@ import pytest
 from cbor2 import dumps
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+import hibernation.link
 from hibernation.link import LENGTH_BYTES, Link, LinkError, StreamDecoder, encode
 
 
@@ -122,6 +124,135 @@ def test_each_is_taken_once_and_in_order_over_a_bad_transport_for_long():
     for end in ends:
         assert len(end.packed) > 150
         assert end.taken == end.peer.packed
+
+
+class Resumed(RuleBasedStateMachine):
+    """One end outlives its peers; what each peer has executed is known to the next, or not.
+
+    The model is a list of all that was packed and a number: how much of it was executed. Each peer begins its
+    own numbering anew, at the place that the one before it reached.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host = Link()
+        self.packed: list[int] = []
+        self.executed: list[int] = []
+        #: What was executed, as the gateway's memory has it; and what the host has been told of that.
+        self.known = 0
+        self.told = 0
+        self.gateway: Link | None = None
+        self.to_gateway: list[Any] = []
+        self.to_host: list[Any] = []
+        self.said: list[int] = []
+        self.heard: list[int] = []
+
+    @rule(count=st.integers(1, 3))
+    def host_packs(self, count: int) -> None:
+        items = list(range(len(self.packed), len(self.packed) + count))
+        self.packed += items
+        data = self.host.pack(items)
+        if self.gateway is not None:
+            self.to_gateway += decoded(data)
+
+    @precondition(lambda self: self.gateway is None)
+    @rule()
+    def gateway_comes(self) -> None:
+        received = max(self.known, self.host.acknowledged)
+        self.gateway = Link(received)
+        self.said, self.heard = [], []
+        self.host.resume(received)
+        again = [message for data in self.host.unacknowledged() for message in decoded(data)]
+        assert [message[0] for message in again] == list(range(received + 1, self.host.sent + 1))
+        assert all(message[1] == 0 for message in again), "it acknowledges what the new peer never said"
+        self.to_gateway += again
+
+    @precondition(lambda self: self.gateway is not None)
+    @rule(count=st.integers(1, 3), lag=st.integers(0, 2))
+    def gateway_packs(self, count: int, lag: int) -> None:
+        assert self.gateway is not None
+        items = list(range(len(self.said), len(self.said) + count))
+        self.said += items
+        self.to_host += decoded(self.gateway.pack(items, max(0, self.gateway.received - lag)))
+
+    @precondition(lambda self: self.gateway is not None)
+    @rule()
+    def gateway_acknowledges(self) -> None:
+        assert self.gateway is not None
+        self.to_host += decoded(self.gateway.acknowledgement() or b"")
+
+    @precondition(lambda self: self.to_gateway)
+    @rule()
+    def gateway_takes(self) -> None:
+        assert self.gateway is not None
+        self.executed += self.gateway.take(self.to_gateway.pop(0))
+        self.known = self.gateway.received
+
+    @precondition(lambda self: self.to_host)
+    @rule()
+    def host_takes(self) -> None:
+        self.heard += self.host.take(self.to_host.pop(0))
+
+    @precondition(lambda self: self.gateway is not None)
+    @rule()
+    def gateway_goes(self) -> None:
+        """With all that is on its way; its successor knows what it executed."""
+        self.gateway = None
+        self.to_gateway.clear()
+        self.to_host.clear()
+
+    @invariant()
+    def each_is_executed_once_and_in_order(self) -> None:
+        assert self.executed == self.packed[: len(self.executed)]
+        assert self.heard == self.said[: len(self.heard)]
+        assert self.host.acknowledged <= self.known <= self.host.sent
+        assert len(self.host.unacknowledged()) == self.host.sent - self.host.acknowledged
+
+    def teardown(self) -> None:
+        if self.gateway is None:
+            self.gateway_comes()
+        while self.to_gateway:
+            self.gateway_takes()
+        self.gateway_acknowledges()
+        while self.to_host:
+            self.host_takes()
+        assert self.executed == self.packed
+        assert not self.host.unacknowledged()
+
+
+TestResumed = Resumed.TestCase
+TestResumed.settings = settings(max_examples=150, stateful_step_count=40)
+
+
+def test_a_peer_that_knows_more_than_was_said_breaks_the_link():
+    """L3: its memory is of somebody else."""
+    link = Link()
+    link.pack(["a"])
+    with pytest.raises(LinkError):
+        link.resume(2)
+
+
+def test_what_a_repetition_no_longer_acknowledges_is_owed():
+    """Otherwise the peer would keep what its first sending, which may be lost, acknowledged."""
+    link = Link()
+    link.take([1, 0, ["a"]])
+    link.pack(["b"])
+    assert link.acknowledgement() is None
+    assert [message for data in link.unacknowledged() for message in decoded(data)] == [[1, 0, ["b"]]]
+    assert link.acknowledgement() == encode([0, 1, None])
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_items_too_large_for_one_message_go_in_several(monkeypatch, over):
+    """A message is decoded whole: what many turns have produced must not become one of a gigabyte."""
+    items = ["a" * 50, "b" * 50, "c" * 50, "d" * 500]
+    monkeypatch.setattr(hibernation.link, "MESSAGE_BYTES_MAX", len(dumps(items)) - over)
+    link, peer = Link(), Link()
+    messages = decoded(link.pack(items))
+    assert len(messages) == (1 if over <= 0 else 2)
+    assert [item for message in messages for item in peer.take(message)] == items
+    assert link.sent == len(messages)
+    assert len(link.unacknowledged()) == len(messages)
 
 
 def test_an_acknowledgement_is_owed_only_once():

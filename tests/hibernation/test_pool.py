@@ -6,7 +6,7 @@ The pool runs with real turns, on a virtual clock, between a fake link and a fak
 import itertools
 import sys
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -24,6 +24,8 @@ from hibernation.settings import Settings
 from hibernation.turns import Turns
 
 CARD = wire.make_card("c1", "ws://h/party/r", b"")
+
+H = TypeVar("H", bound="House")
 
 
 class NoExchanges:
@@ -134,9 +136,9 @@ class Log:
         self.lines.append(text)
 
 
-def play(house: House | Callable[[], House], script: Callable[[House], Awaitable[None]]) -> House:
+def play(house: H | Callable[[], H], script: Callable[[H], Awaitable[None]]) -> H:
     """Run the pool beside the script, until the script ends."""
-    made: list[House] = []
+    made: list[H] = []
 
     async def main() -> None:
         each = house if isinstance(house, House) else house()
@@ -255,7 +257,7 @@ def test_a_room_that_does_not_start_is_tried_again_later_each_time(where):
         assert not any(effect[0] == wire.BROADCAST for _, result in house.left for effect in result[-1])
         assert (house.pool.awake, house.pool.cells) == (0, {})
 
-    play(lambda: House(Main, start_timeout=2), script)
+    play(lambda: House(Main, start_timeout=2, start_tries=100, start_seconds=1000), script)
 
 
 def test_idle_seconds_keep_a_room_awake_between_messages():

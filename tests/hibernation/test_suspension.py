@@ -30,9 +30,9 @@ def test_what_never_waits_is_not_reported():
 
     async def main() -> None:
         calls: list[int] = []
-        assert await watched(at_once(5), lambda: calls.append(1)) == 5
+        assert await watched(at_once(5), lambda: calls.append(1), [0]) == 5
         with pytest.raises(ZeroDivisionError):
-            await watched(fails(), lambda: calls.append(1))
+            await watched(fails(), lambda: calls.append(1), [0])
         assert calls == []
 
     async def fails() -> None:
@@ -52,7 +52,7 @@ def test_what_waits_is_reported_once_and_before_others_run():
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(other)
-            assert await watched(later("done"), lambda: calls.append("suspended")) == "done"
+            assert await watched(later("done"), lambda: calls.append("suspended"), [0]) == "done"
         assert calls == ["suspended", "other"]
 
     run(main)
@@ -76,7 +76,7 @@ def test_errors_pass_through_in_both_directions():
             raise LookupError("last")
 
         with pytest.raises(LookupError, match="last"):
-            await watched(catches(), lambda: None)
+            await watched(catches(), lambda: None, [0])
 
     run(main)
 
@@ -96,7 +96,7 @@ def test_cancellation_from_outside_reaches_the_coroutine_and_its_clean_up():
 
         start = trio.current_time()
         with trio.move_on_after(1) as scope:
-            await watched(cleans_up(), lambda: None)
+            await watched(cleans_up(), lambda: None, [0])
         assert scope.cancelled_caught
         assert trio.current_time() == pytest.approx(start + 2)
 
@@ -126,7 +126,7 @@ def test_nurseries_and_their_children_work_inside():
                 await trio.sleep(1)
                 nursery.cancel_scope.cancel()
 
-        await watched(parent(), lambda: None)
+        await watched(parent(), lambda: None, [0])
         assert done == [1, 2, 3]
 
     run(main)
@@ -136,7 +136,7 @@ def test_a_coroutine_that_is_thrown_away_is_closed():
     """Its `finally` runs, and nothing warns."""
     seen: list[str] = []
     running = waits_by_hand(seen)
-    carried = carry_on(running, running.send(None))
+    carried = carry_on(running, running.send(None), [0])
     assert carried.send(None) == "trap"
     carried.close()
     assert seen == ["closed"]
@@ -169,7 +169,7 @@ def test_what_the_loop_sends_reaches_the_coroutine():
         return await Trap()
 
     running = asks()
-    carried = carry_on(running, running.send(None))
+    carried = carry_on(running, running.send(None), [0])
     assert carried.send(None) == "first"
     assert carried.send(41) == 42
     with pytest.raises(StopIteration) as stop:
@@ -186,6 +186,6 @@ def test_a_long_chain_of_waits_needs_no_stack():
                 await trio.lowlevel.checkpoint()
             return 1
 
-        assert await watched(waits_often(), lambda: None) == 1
+        assert await watched(waits_often(), lambda: None, [0]) == 1
 
     run(main)

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -18,6 +19,8 @@ import sys
 from storage.shards import Shard, ShardBatch
 shard = Shard(sys.argv[1], 0, durability=sys.argv[2])
 number = int(shard.get("main/0", "number") or 0)
+seen = shard.rows()
+assert not number or [items for _, items in seen][-1] == b"row %d" % number * 500, seen
 while True:
     number += 1
     batch = ShardBatch()
@@ -26,7 +29,8 @@ while True:
     for room in range(20):
         batch.put(f"main/{room}", "number", b"%d" % number)
         batch.put(f"main/{room}", "large", b"%d " % number * 2000)
-    shard.commit(batch)
+    row = shard.next_row()
+    shard.commit(batch, [(row, b"row %d" % number * 500)], row - 3)
     print(number, flush=True)
 """
 
@@ -90,6 +94,14 @@ def test_a_shard_survives_kill_at_any_moment(tmp_path, durability):
             shard.get(f"main/{room}", "large") == number + (b" " + number) * 1999 + b" " for room in range(20)
         )
         assert shard.list("main/cleared") == [(number.decode(), b"")]
+        # R1: the newest commit's row is there, and no row of one that is not.
+        rows = shard.rows()
+        newest = int(number)
+        assert [items for _, items in rows] == [
+            b"row %d" % each * 500 for each in range(newest - len(rows) + 1, newest + 1)
+        ]
+        assert 1 <= len(rows) <= 6
+        assert all(before < after for (before, _), (after, _) in pairwise(rows))
         path = shard.path
         shard.close()
         integrity(path)
@@ -128,8 +140,9 @@ while first is None or number < first + 3:
     batch = ShardBatch()
     for room in range(20):
         batch.put(f"main/{room}", "number", b"%d" % number)
+    row = shard.next_row()
     try:
-        shard.commit(batch)
+        shard.commit(batch, [(row, b"%d" % number)], row - 2)
     except CommitUnknown:
         first = first or number
         print("unknown", number, flush=True)
@@ -161,9 +174,13 @@ def test_after_a_failed_fsync_nothing_is_committed_and_the_next_process_finds_a_
         committed = [int(number) for word, number in said if word == "committed"]
         assert len(failed) == 4
         assert committed == list(range(before + 1, failed[0]))
+        lock = tmp_path / "shards" / "0.db.lock"
+        assert "SQLITE_IOERR" in lock.read_text()
         shard = Shard(tmp_path, 0, durability="full")
-        shard.check()
+        assert not lock.stat().st_size, "it was not checked"
         (number,) = {shard.get(f"main/{room}", "number") for room in range(20)}
         assert number is not None
         assert int(number) in (failed[0] - 1, failed[0])
+        # The outbox tells which: its newest row is that of the newest commit.
+        assert shard.rows()[-1][1] == number
         shard.close()

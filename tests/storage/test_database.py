@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sqlite_utils  # noqa: F401 - a process that has given up its rights could not import it
 
+import storage.database
 from storage.database import (
     ROWS_PER_STATEMENT_MAX,
     DatabaseFile,
@@ -437,13 +438,40 @@ def test_a_reserve_of_free_space_is_kept(tmp_path):
     file = file_of(tmp_path / "a.db", reserve_bytes=free // 2)
     put(file, "a")
     file.reserve_bytes = free * 2
-    with pytest.raises(CommitRefused, match="under the reserve"):
+    with pytest.raises(CommitRefused, match="above the reserve"):
         put(file, "b")
     file.checkpoint()
     assert file.wal_bytes == 0
     file.reserve_bytes = free // 2
     put(file, "b")
     assert keys(file) == ["a", "b"]
+    file.close()
+
+
+def test_what_a_transaction_needs_does_not_take_the_reserve(tmp_path):
+    """Finding: a transaction that fits just so fills the disk with its log, and then no checkpoint passes."""
+    disk = os.statvfs(tmp_path)
+    free = disk.f_bavail * disk.f_frsize
+    file = file_of(tmp_path / "a.db", reserve_bytes=free // 2)
+    with pytest.raises(CommitRefused, match=r"for .* more"), file.transaction(free // 4 + (1 << 30)):
+        pytest.fail("it began")
+    with file.transaction(1 << 20):
+        pass
+    file.close()
+
+
+def test_below_the_reserve_the_log_is_carried_over_before_anything_is_refused(tmp_path, monkeypatch):
+    """It may hold what is missing: the reserve is there so that it can be cut back."""
+    file = file_of(tmp_path / "a.db", reserve_bytes=1 << 20)
+    put(file, "a", b"x" * 100_000)
+    assert file.wal_bytes > 100_000
+    monkeypatch.setattr(file, "_free_bytes", lambda: (1 << 20) - (1 if file.wal_bytes else 0))
+    put(file, "b")
+    assert keys(file) == ["a", "b"]
+    monkeypatch.setattr(file, "_free_bytes", lambda: (1 << 20) - 1)
+    with pytest.raises(CommitRefused, match="above the reserve"):
+        put(file, "c")
+    assert file.wal_bytes == 0
     file.close()
 
 
@@ -487,9 +515,36 @@ def test_after_an_io_error_the_outcome_is_unknown_and_the_file_is_finished(tmp_p
     assert keys(file) == ["a"]
     with pytest.raises(DataDirectoryInUse):
         file_of(tmp_path / "a.db")
+    assert "IOERR_FSYNC" in (tmp_path / "a.db.lock").read_text()
     # For the test's own tidiness only.
     file._failure = None
     file.close()
+
+
+def test_a_file_whose_last_write_failed_is_read_whole_before_it_is_used(tmp_path, monkeypatch):
+    """D7: once, and by whoever opens it next; one that is damaged is refused as long as it is."""
+    file_of(tmp_path / "a.db").close()
+    lock = tmp_path / "a.db.lock"
+    checked = []
+    monkeypatch.setattr(storage.database, "quick_check", lambda *_: checked.append(1))
+    file_of(tmp_path / "a.db").close()
+    assert checked == []
+    lock.write_text("disk I/O error (SQLITE_IOERR_FSYNC)")
+    file_of(tmp_path / "a.db").close()
+    file_of(tmp_path / "a.db").close()
+    assert (checked, lock.read_text()) == ([1], "")
+
+    def damaged(_, path):
+        raise DatabaseDamaged(path, "SQLite finds it inconsistent")
+
+    lock.write_text("disk I/O error (SQLITE_IOERR_FSYNC)")
+    monkeypatch.setattr(storage.database, "quick_check", damaged)
+    for _ in range(2):
+        with pytest.raises(DatabaseDamaged):
+            file_of(tmp_path / "a.db")
+    monkeypatch.undo()
+    file_of(tmp_path / "a.db").close()
+    assert lock.read_text() == ""
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def opened(path, schema):
 @pytest.mark.parametrize(
     ("schema", "digests"),
     [
-        (REGISTRY, ["a69af6f34ba3"]),
-        (SHARD, ["e99bc0fa614e"]),
+        (REGISTRY, ["a69af6f34ba3", "8a87fcc4baa2"]),
+        (SHARD, ["e99bc0fa614e", "4fca09787485", "14676b657e4e"]),
     ],
 )
 def test_released_steps_are_never_edited(tmp_path, schema, digests):

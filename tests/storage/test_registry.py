@@ -44,7 +44,27 @@ def test_a_row_holds_all_that_was_given(registry):
     batch.state(7, b"\x01")
     registry.commit(batch)
     assert registry.query("chat", "lobby") == [
-        Row(7, "chat", "lobby", "id7", "http://h/7", 7.5, ("vip", "de"), b"\x01", None)
+        Row(7, "chat", "lobby", "id7", "http://h/7", 7.5, ("vip", "de"), b"\x01", None, "")
+    ]
+
+
+def test_the_address_is_kept_and_changes_are_told(registry):
+    """What a gateway that takes connections over has to know: where they came from, and what is not stored
+    yet."""
+    batch = RegistryBatch()
+    batch.open(7, "chat", "lobby", "id7", "http://h/7", 1.0, address="10.0.0.1")
+    registry.commit(batch)
+    assert [row.address for row in registry.query("chat", "lobby")] == ["10.0.0.1"]
+    later = RegistryBatch()
+    later.state(7, b"s")
+    later.state(8, None)
+    later.tags(7, "chat", "lobby", ["a", "b"])
+    later.forget(9)
+    assert list(later.changes()) == [
+        ("state", 7, b"s"),
+        ("state", 8, None),
+        ("tags", 7, b"\xffa\xffb\xff"),
+        ("forgotten", 9, None),
     ]
 
 

@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import DataDirectoryInUse, GenerationPassed, StorageLimitError, ValueEncodingError
+from storage.errors import (
+    CommitRefused,
+    DataDirectoryInUse,
+    GenerationPassed,
+    StorageLimitError,
+    ValueEncodingError,
+)
 from storage.shards import KEY_BYTES_MAX, Shard, ShardBatch, shard_path
 from storage.values import VALUE_BYTES_MAX
 
@@ -361,3 +367,80 @@ def test_no_room_or_key_ever_names_a_file(tmp_path_factory, name):
 def test_shard_paths_are_numbers(tmp_path):
     assert shard_path(tmp_path, 11) == tmp_path / "shards" / "11.db"
     assert set(shard_path("d", 11).name) <= set(string.digits + ".db")
+
+
+# The outbox
+
+
+def test_rows_are_in_the_outbox_with_their_commit_and_leave_it_with_another(shard):
+    """S22, R1: in one transaction with the entries, and in the order of the commits."""
+    first, second, third = (shard.next_row() for _ in range(3))
+    shard.commit(batch_of(a=b"1"), [(first, b"one"), (second, b"two")])
+    assert shard.rows() == [(first, b"one"), (second, b"two")]
+    shard.commit(batch_of(a=b"2"), [(third, b"three")], first)
+    assert shard.rows() == [(second, b"two"), (third, b"three")]
+    shard.commit(ShardBatch(), (), third)
+    assert (shard.rows(), shard.get("main/a", "a")) == ([], b"2")
+
+
+def test_row_numbers_rise_over_every_opening_of_the_shard(tmp_path):
+    """R2: whatever was taken out in between."""
+    newest = 0
+    for generation in range(1, 4):
+        shard = Shard(tmp_path, 0, durability="os")
+        assert shard.generation == generation
+        for _ in range(3):
+            number = shard.next_row()
+            assert (number > newest, number >> 32) == (True, generation)
+            newest = number
+            shard.commit(ShardBatch(), [(number, b"")], number - 1)
+        shard.close()
+    shard = Shard(tmp_path, 0, durability="os")
+    assert shard.rows() == [(newest, b"")]
+    shard.close()
+
+
+def test_a_commit_that_fails_leaves_neither_entries_nor_rows(shard):
+    """R1: one is not on disk without the other."""
+    number = shard.next_row()
+    shard.commit(batch_of(a=b"1"), [(number, b"one")])
+    with pytest.raises(sqlite3.IntegrityError):
+        shard.commit(batch_of(a=b"2"), [(number, b"again")], number - 1)
+    assert (shard.rows(), shard.get("main/a", "a")) == ([(number, b"one")], b"1")
+
+
+def test_rows_of_a_passed_generation_are_refused(tmp_path):
+    """S5: a host that was thought dead says nothing any more."""
+    shard = Shard(tmp_path, 0, durability="full")
+    with shard._file.transaction() as writer:
+        writer.execute("UPDATE generations SET generation = generation + 1")
+    with pytest.raises(GenerationPassed):
+        shard.commit(ShardBatch(), [(shard.next_row(), b"late")])
+    assert shard.rows() == []
+    shard.close()
+
+
+@pytest.mark.parametrize("durability", DURABILITIES)
+def test_a_row_as_large_as_the_largest_turn(tmp_path, durability):
+    """S20: turn_bytes_max goes up to 256 MiB, and SQLite takes a thousand million bytes at once."""
+    shard = Shard(tmp_path, 0, durability=durability)
+    size = 256 * 1024 * 1024 + 65_536
+    number = shard.next_row()
+    shard.commit(batch_of(a=b"1"), [(number, bytes(size))])
+    ((found, items),) = shard.rows()
+    assert (found, len(items)) == (number, size)
+    del items
+    shard.commit(ShardBatch(), (), number)
+    assert shard.rows() == []
+    shard.close()
+
+
+def test_a_shard_opens_and_counts_generations_on_a_disk_without_reserve(tmp_path):
+    """S36: a host comes up on a full disk, to serve the rooms that only read."""
+    Shard(tmp_path, 0, durability="full").close()
+    shard = Shard(tmp_path, 0, durability="full", reserve_bytes=1 << 60)
+    assert shard.generation == 2
+    with pytest.raises(CommitRefused):
+        shard.commit(batch_of(a=b"1"))
+    assert shard.get("main/a", "a") is None
+    shard.close()

@@ -8,6 +8,7 @@ import trio.testing
 
 from broker.gateway.forward import Forward
 from broker.gateway.http import HttpReply, HttpRequest
+from broker.gateway.quarantine import Quarantine
 from hibernation import wire
 
 
@@ -53,7 +54,7 @@ async def streamed(forward: Forward, host: FakeHost) -> HttpReply:
 def pair() -> tuple[Forward, FakeHost]:
     host = FakeHost()
     links: Any = SimpleNamespace(by_shard=[host], shard_count=1)
-    forward = Forward(links, lambda: None)
+    forward = Forward(links, lambda: None, Quarantine())
     forward.parties = {"main": party()}
     return forward, host
 
@@ -74,12 +75,13 @@ def test_a_stream_that_nobody_reads_is_cancelled() -> None:
 async def _read() -> None:
     forward, host = pair()
     reply = await streamed(forward, host)
-    forward.chunk(1, b"a")
-    forward.chunk(1, b"b")
-    forward.finish(1, True)
+    (number,) = forward._pending
+    forward.chunk(number, b"a")
+    forward.chunk(number, b"b")
+    forward.finish(number, True)
     assert [piece async for piece in reply.body] == [b"a", b"b"]  # type: ignore[union-attr]
     await reply.body.aclose()  # type: ignore[union-attr]
-    assert host.items == [[wire.CREDIT, 1, 1], [wire.CREDIT, 1, 1]]
+    assert host.items == [[wire.CREDIT, number, 1], [wire.CREDIT, number, 1]]
 
 
 def test_each_piece_that_is_taken_gives_credit_for_one_more() -> None:

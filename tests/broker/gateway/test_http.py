@@ -71,6 +71,9 @@ class Gateway:
     async def hello(self, request: HttpRequest) -> HttpReply:
         return HttpReply(200, [("content-type", "text/plain")], b"hello " + (request.room or "-").encode())
 
+    def paused(self) -> str | None:
+        return None
+
     def ready(self) -> bool:
         return self.is_ready
 

@@ -40,7 +40,7 @@ class FakeHost(HostLink):
     def __init__(self, settings: Settings) -> None:
         hub: Any = None
         sock: Any = None
-        super().__init__(hub, sock, {"shards": [0]}, settings)
+        super().__init__(hub, sock, {"index": 0, "shards": [0]}, settings)
         self.items: deque[list[Any]] = deque()
 
     def put(self, item: list[Any]) -> None:
@@ -72,6 +72,8 @@ class Rig:
         self.violations: list[tuple[int, int]] = []
         self.gone: list[int] = []
         self.due: list[tuple[Any, ...]] = []
+        #: Turns of a dead host that were committed, and of which its successor will tell.
+        self.ended: list[list[Any]] = []
         self.inbox.later = lambda _, action, *arguments: self.due.append((action, *arguments))
         self.inbox.on_ping = lambda slot, payload: self.pings.append((slot, payload))
         self.inbox.on_close_frame = self._close
@@ -161,12 +163,22 @@ class Rig:
 
     def host_comes(self) -> None:
         assert self.links.by_shard[0] is None
+        ended, self.ended = self.ended, []
+        for _, _, slot, _, _, _, end, data in ended:
+            self.ends[slot] = end
+            self.handled[slot].append(data)
+            self.inbox.settle(slot, end)
+            assert [(room.inflight_events, room.inflight_bytes) for room in self.rooms] == [(0, 0)] * len(
+                self.rooms
+            )
         self.links.by_shard[0] = FakeHost(self.settings)
         for slot in range(len(self.table)):
             if self.table.phase[slot] == OPEN:
                 self.inbox.look_again(slot)
 
-    def host_dies(self) -> None:
+    def host_dies(self, ended: int = 0) -> None:
+        """So many turns, in the order of their messages, had ended, and nobody was told."""
+        self.ended = list(self.host.items)[:ended]
         self.links.by_shard[0] = None
         for room in self.rooms:
             room.inflight_events = room.inflight_bytes = 0
@@ -333,9 +345,9 @@ class InboxMachine(RuleBasedStateMachine):
         self.rig.handle(count)
 
     @precondition(lambda self: self.rig.links.by_shard[0] is not None)
-    @rule()
-    def host_dies(self):
-        self.rig.host_dies()
+    @rule(ended=st.sampled_from([0, 0, 1, 2, 3, 100]))
+    def host_dies(self, ended):
+        self.rig.host_dies(ended)
 
     @precondition(lambda self: self.rig.links.by_shard[0] is None)
     @rule()
@@ -610,6 +622,28 @@ def test_a_spilled_message_survives_its_host(rig):
     rig.settle()
     assert rig.handled[slot] == [b"y" * 300_000, "after"]
     assert rig.inbox._spills.bytes == 0
+
+
+@pytest.mark.parametrize("size", [10, 60_000])
+def test_what_had_ended_before_a_host_died_is_not_given_out_again(rig, size):
+    """S22: its successor says so before it is given anything; what it says of later messages comes later."""
+    rig = rig(inbox_bytes_max=16 * 1024)
+    slot = rig.connect()
+    for number in range(3):
+        rig.send(slot, encode_frame(PING, b"between", mask=KEY))
+        rig.send(slot, encode_frame(BINARY, bytes([number]) * size, mask=KEY))
+        rig.poll(0.05)
+    dispatched = len(rig.host.items)
+    assert dispatched >= (3 if size == 10 else 1)
+    rig.host_dies(1)
+    rig.host_comes()
+    rig.settle()
+    assert rig.handled[slot] == [bytes([number]) * size for number in range(3)]
+    assert rig.unread(slot) == 0
+    rig.counts_are_true()
+    rig.inbox.settle(slot, rig.ends[slot])  # said twice
+    rig.inbox.settle(slot, 1)
+    assert rig.table.consumed[slot] == rig.table.parsed[slot]
 
 
 def test_spilling_waits_for_room_in_the_spill(rig):

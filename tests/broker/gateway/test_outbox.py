@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from broker.gateway.connections import Connections
 from broker.gateway.frames import encode_close, encode_message
 from broker.gateway.outbox import BROKEN, SLOW, SLOW_CLOSE, Sender
+from broker.gateway.recovery import Remains
 from broker.gateway.rooms import RoomRecord
 from hibernation import wire
 from hibernation.settings import Settings
@@ -55,11 +56,21 @@ class Rig:
                 return data
 
     def true(self) -> None:
-        """O3, and each outbox's own sum."""
-        outboxes = self.sender.outboxes.values()
-        assert self.sender.total_bytes == sum(each.bytes for each in outboxes)
-        for each in outboxes:
-            assert each.bytes == sum(map(len, each.frames)) - each.offset
+        """O3, each outbox's own sum, and O4: the log tells a successor of every outbox, to the byte."""
+        outboxes = self.sender.outboxes
+        assert self.sender.total_bytes == sum(each.bytes for each in outboxes.values())
+        remains = Remains(self.table.ledger.records())
+        for slot in range(len(self.table)):
+            number = self.table.number[slot]
+            frames, offset, torn = remains.pending(number, self.table.written[slot])
+            assert not torn
+            each = outboxes.get(slot)
+            if each is None:
+                assert frames == []
+                continue
+            assert each.bytes == sum([len(frame) for _, frame in each.frames]) - each.offset
+            assert (frames, offset) == (list(each.frames), each.offset)
+            assert (number in remains.shut) == each.shut
 
     def end(self) -> None:
         for sock in [*self.clients, *self.table.sockets]:
