@@ -353,7 +353,8 @@ class Gateway:
             for _, refused in stored:
                 batch.forget(refused)
             self.lifecycle.not_committed(
-                stored, error_response(503, "the broker cannot store connections at the moment")
+                stored,
+                error_response(503, "the broker cannot store connections at the moment", (RETRY_AFTER,)),
             )
             batch.merge(self.lifecycle.batch)
             self.lifecycle.batch = batch
