@@ -739,6 +739,9 @@ def test_no_child_inherits_what_was_kept(keeper: KeeperProcess, client: KeeperCl
         with taken(keeper.data) as kept:
             with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False) as child:
                 links = {os.readlink(f"/proc/self/fd/{fd}") for fd in (*kept.fds, kept.named["listener"])}
+                # What was there before exec goes away one by one.
+                command = Path(f"/proc/{child.pid}/cmdline")
+                eventually(lambda: command.read_bytes() == b"cat\0", "the exec")
                 theirs = {os.readlink(each) for each in Path(f"/proc/{child.pid}/fd").iterdir()}
                 assert len(links) == 50
                 assert theirs.isdisjoint(links)
