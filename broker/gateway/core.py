@@ -489,6 +489,8 @@ class Gateway:
             raise HandoverRefused(str(error) or "rows or sockets were not stored in time") from error
         self.duplicates.leave()
         self.links.close()
+        self.ledger.rewrite(self._records())
+        self.ledger.rest(memoryview(self.connections.written))
         self.registry.close()
         (self.config.data / "gateway.sock").unlink(missing_ok=True)
 
@@ -509,6 +511,7 @@ class Gateway:
             self.registry.close()
             self.leave()
             return
+        self.ledger.wake()
         self.links.listen(self.config.data / "gateway.sock")
         self.duplicates.go_on()
         self._go_on()

@@ -23,6 +23,8 @@ Invariants:
     G3  an effect is begun only when the cursor stands on it, and the cursor never goes back
     G4  a host's message is in the journal from before its first effect until after its last, and then counts
         as executed
+    G5  while the header says that the gateway rests, no effect is in doubt and no socket is touched:
+        `consumed[slot]` is what was taken from the socket and `before[slot]` what was given to it
 """
 
 import mmap
@@ -45,6 +47,7 @@ _LAYOUT, _CAPACITY, EPOCH, HIGH, CURSOR = 0, 1, 2, 3, 4  # EPOCH: how many gatew
 _JOURNAL_BASE, _JOURNAL_LENGTH, _JOURNAL_HOST, _JOURNAL_SEQUENCE = 5, 6, 7, 8
 _LOG, _LOG_LENGTH = 9, 10  # which log is in use; its length, and behind it the other's
 NUMBER: Final = 12  # the highest that any connection was given
+_RESTS: Final = 13
 _INCARNATION = 16
 _EXECUTED = _INCARNATION + HOSTS_MAX
 _DONE = _EXECUTED + HOSTS_MAX
@@ -243,6 +246,19 @@ class Ledger:
         header = self.header
         cursor = header[CURSOR]
         return cursor if header[_JOURNAL_LENGTH] and cursor != header[_JOURNAL_BASE] else 0
+
+    def rest(self, written: memoryview) -> None:
+        """The gateway has stopped, on purpose and between two effects, and has given each socket so many
+        bytes of its stream (of 8-byte words, one for each slot in use).
+        """
+        self.before[: len(written)] = written
+        self.header[_RESTS] = 1
+
+    def wake(self) -> bool:
+        """Somebody goes on. Gives whether the gateway before rested, so that the kernel need not be asked."""
+        rested = bool(self.header[_RESTS])
+        self.header[_RESTS] = 0
+        return rested
 
     @property
     def next_item(self) -> int:

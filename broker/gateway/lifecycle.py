@@ -841,10 +841,7 @@ class Lifecycle:
         table.address[slot] = self.addresses.enter(row.address)
         table.flags[slot] = (DEFERRED if here.unread else 0) | (GONE if here.ended else 0)
         if phase == OPEN and introduced and number not in remains.numbers:  # as nearly all are
-            table.phase[slot] = OPEN
-            self._rooms.link(slot)
-            self._inbox.adopt_spill(slot)
-            self._hub.park(sock.fileno())
+            self._go_on(slot, sock)
             return
         self._stage_again(row, remains)
         newcomer = None if introduced else remains.newcomers.get(number)
@@ -881,6 +878,28 @@ class Lifecycle:
         self._hub.after(self._close_seconds, self._close_timeout, slot, number)
         if phase != OPEN:
             self._hub.after(0, self._failed, slot, number)
+
+    def adopt_resting(self, slot: int, sock: socket.socket, row: Row, room: RoomRecord) -> None:
+        """Take over an open connection of a gateway that rests (G5), and of which the log says nothing. What
+        is unread, and whether the peer has ended, is reported when the socket is parked.
+        """
+        table, ledger = self._connections, self._ledger
+        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
+        table.take_over(slot, sock, room, card, self._hub.second)
+        table.written[slot] = ledger.before[slot]
+        table.parsed[slot] = table.last_end[slot] = ledger.consumed[slot]
+        if row.state is not None:
+            self._inbox.states[slot] = row.state
+        table.index(slot, row.id)
+        table.address[slot] = self.addresses.enter(row.address)
+        self._go_on(slot, sock)
+
+    def _go_on(self, slot: int, sock: socket.socket) -> None:
+        """Read an adopted connection on."""
+        self._connections.phase[slot] = OPEN
+        self._rooms.link(slot)
+        self._inbox.adopt_spill(slot)
+        self._hub.park(sock.fileno())
 
     def _take_position(self, slot: int, here: Position) -> None:
         """Where the turns of the connection's messages have come to, as the kernel tells."""

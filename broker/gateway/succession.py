@@ -18,7 +18,7 @@ before anything else does.
 import socket
 from collections.abc import Callable
 
-from broker.gateway.connections import CLOSED, INTRODUCED, Connections
+from broker.gateway.connections import CLOSED, INTRODUCED, OPEN, Connections
 from broker.gateway.effects import Effects
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH
@@ -53,6 +53,7 @@ class Succession:
         self._effects = effects
         self._remains = remains
         self._room_of = room_of
+        self._rested = False
 
     def take_over(self, rows: list[Row], sockets: dict[int, socket.socket]) -> list[Row]:
         """Do all of it.
@@ -65,6 +66,7 @@ class Succession:
             Rows that have no slot: their clients were cut off.
         """
         table, ledger = self._connections, self._ledger
+        self._rested = ledger.wake()
         table.restore()
         effect = ledger.in_doubt
         by_number = {row.number: row for row in rows}
@@ -90,6 +92,16 @@ class Succession:
         """Go on with one slot; `effect` is the one in doubt, or 0."""
         ledger = self._ledger
         sock = sockets.get(slot)
+        if (
+            self._rested
+            and sock is not None
+            and row is not None
+            and ledger.phase[slot] == OPEN | INTRODUCED
+            and row.number not in self._remains.numbers
+        ):
+            del sockets[slot]
+            self._lifecycle.adopt_resting(slot, sock, row, self._room_of(row))
+            return
         if sock is not None and cookie(sock) != ledger.cookie[slot]:
             # The connection that had the slot before: the one that has it now did not get as far as the
             # keeper.

@@ -71,7 +71,7 @@ class Column:
     def __getitem__(self, index: int) -> int:
         return int(self._memory[index])
 
-    def __setitem__(self, index: int, value: int) -> None:
+    def __setitem__(self, index: int | slice, value: Any) -> None:
         self._kill.step()
         self._memory[index] = value
 
@@ -329,6 +329,15 @@ class World:
 
     next_kills: tuple[int, ...] = ()
 
+    def hand_over(self) -> None:
+        """A gateway that rests ends, and the next one takes over; steps are counted on."""
+        before = self.kill
+        self.succeed(((before.at - before.steps), *self.next_kills) if before.at else ())
+        self.deaths -= 1
+        self.kill.steps += before.steps
+        if self.kill.at:
+            self.kill.at += before.steps
+
     # --- The host ---------------------------------------------------------------------------------
 
     def relink(self) -> None:
@@ -545,6 +554,7 @@ steps = st.lists(
                 "turns",
                 "turns",
                 "rewrite",
+                "rest",
             ]
         ),
         st.integers(0, 5),
@@ -575,6 +585,9 @@ EVERYTHING: list[Step] = [
     ("broadcast", 0, 126, "a"),
     ("turns", 0, 0, ""),
     ("rewrite", 0, 0, ""),
+    ("message", 0, 20, ""),
+    ("rest", 0, 0, "a"),
+    ("turns", 0, 0, ""),
     ("message", 1, 1, ""),
     ("broadcast", 0, 20_000, ""),
     ("shut", 2, 0, ""),
@@ -611,6 +624,13 @@ def play(folder: Path, script: list[Step], kills: tuple[int, ...]) -> tuple[int,
                 continue
             if what == "rewrite":
                 world.run(rewrite, world)
+                continue
+            if what == "rest":
+                if not effects:
+                    if tag:  # nothing waits for a client that does not read
+                        world.flow()
+                    if world.run(rest, world):
+                        world.hand_over()
                 continue
             if not numbers:
                 continue
@@ -659,6 +679,13 @@ def rewrite(world: World) -> None:
     gateway = world.gateway
     gateway.commit()
     gateway.ledger.rewrite([*gateway.lifecycle.records(), *gateway.sender.records()])
+
+
+def rest(world: World) -> None:
+    """The gateway stops on purpose: a successor need not ask the kernel (G5)."""
+    gateway = world.gateway
+    rewrite(world)
+    gateway.ledger.rest(memoryview(gateway.connections.written))
 
 
 def test_every_step(tmp_path: Path) -> None:
