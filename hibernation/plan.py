@@ -61,6 +61,8 @@ class Timing:
     """For a host to finish its running turns, before it is killed."""
     keeper_seconds: float = 5.0
     """For a keeper to answer, and to exit when it is told to."""
+    patience_seconds: float = 30.0
+    """For the HTTP requests that a gateway has begun with to be answered, before it is replaced."""
     freeze_seconds: float = 10.0
     """For a gateway that is to be replaced to stop reading, commit, and let go of the registry."""
     handover_seconds: float = 10.0
@@ -84,5 +86,6 @@ class Timing:
         return cls(
             drain_seconds=settings.drain + 10,
             finish_seconds=settings.drain + 5,
+            patience_seconds=settings.drain,
             hang_seconds=settings.hang_timeout,
         )

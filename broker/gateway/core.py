@@ -69,8 +69,8 @@ DRAIN_PAUSE_SECONDS = 0.05
 #: How long a gateway looks for its keeper before it gives up, and how long the keeper has to hand out what it
 #: holds.
 KEEPER_SECONDS = 10.0
-#: A successor waits so long for requests under way to be answered, and for turns under way to end; the turns
-#: that have not are run again, the requests are lost (S34).
+#: When nobody is let in any more a successor waits so long for requests under way to be answered, and then
+#: for turns under way to end; the turns that have not are run again, the requests are lost (S34).
 REQUESTS_SECONDS = 1.0
 TURNS_SECONDS = 0.1
 #: And so long for rows and sockets to be stored, first while everything goes on, then while nothing does.
@@ -455,13 +455,23 @@ class Gateway:
 
     # --- A successor ------------------------------------------------------------------------------
 
-    async def freeze(self) -> None:
+    async def freeze(self, patience_seconds: float = 0.0) -> float:
         """Stop at a point from which a successor can go on: nothing is read any more, all that was decided is
         in ledger, registry and keeper. Until `leave` this gateway can `resume`.
+
+        HTTP requests that have begun get `patience_seconds` to be answered while everything goes on as usual;
+        those that come meanwhile have REQUESTS_SECONDS.
+
+        Returns:
+            When reading stopped, as `time.monotonic` has it.
 
         Raises:
             HandoverRefused: It is not possible now; everything goes on.
         """
+        begun = self.forward.numbers
+        with trio.move_on_after(patience_seconds):
+            while begun & self.forward.numbers:  # noqa: ASYNC110 - once for each request would cost them all
+                await trio.sleep(0.02)
         if self._frozen or not self._ready_reported or self.lifecycle.draining:
             raise HandoverRefused("this gateway is not serving")
         self.doors.rest()
@@ -474,6 +484,7 @@ class Gateway:
                 while self.lifecycle.storing_count or not self.duplicates.is_there:  # noqa: ASYNC110
                     await trio.sleep(0.002)
             self.hub.pause()
+            paused_at = monotonic()
             self._frozen = True
             with trio.move_on_after(TURNS_SECONDS):
                 while any(host.inflight_bytes for host in self.links.hosts):  # noqa: ASYNC110
@@ -493,6 +504,7 @@ class Gateway:
         self.ledger.rest(memoryview(self.connections.written))
         self.registry.close()
         (self.config.data / "gateway.sock").unlink(missing_ok=True)
+        return paused_at
 
     def _is_stored(self) -> bool:
         """Whether everything is in the registry."""
