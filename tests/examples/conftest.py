@@ -1,9 +1,11 @@
 """Fixtures for the examples of the docs: each runs as its reader runs it, by the real command."""
 
+import importlib.util
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -21,6 +23,15 @@ EXAMPLES = DOCS / "examples"
 ExampleFactory = Callable[..., BrokerProcess]
 
 _rooms = itertools.count(1)
+
+
+def module_named(name: str) -> ModuleType:
+    """The module of an example, for a look at its functions."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
