@@ -324,8 +324,7 @@ class Gateway:
         self._trimmer.each_second(self.inbox.messages + self.lifecycle.accepted)
         if self._registry_failed:
             self._registry_failed = False
-        if self._ready_reported:
-            report(self.config.status_fd, "beat")
+        report(self.config.status_fd, "beat")
 
     def _store(self, batch: RegistryBatch) -> None:
         """Give what the ticks have gathered to the writer thread, as one transaction."""
