@@ -1,7 +1,8 @@
 # `make demo` and `make test` each set up what they need first; a second run finds it in place.
-# PYTHON names the interpreter that .venv is made with (3.11 or newer).
+# PYTHON names the interpreter that .venv is made with (3.11 or newer), JOBS is how many test files run side by side.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -35,7 +36,7 @@ demo: setup
 	$(BIN)/broker demo
 
 test: setup
-	$(BIN)/python -m pytest $(T)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(T)
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(B)
