@@ -439,9 +439,18 @@ class Lifecycle:
     def gone(self, slot: int) -> None:
         """The peer has ended its side without a Close, or the connection has failed."""
         if self._connections.phase[slot] in (OPEN, CONNECTING):
-            self._end(slot, Ending(1006, "", False, "client_gone", answered=True))
+            self._lost(slot, "client_gone")
         elif self._connections.phase[slot] == CLOSING:
             self._end(slot, self._endings[slot])
+
+    def _lost(self, slot: int, cause: str) -> None:
+        """From here on nothing is sent to the connection, and no successor must begin with that again: what
+        it sends would come behind a gap.
+        """
+        ending = Ending(1006, "", False, cause, answered=True)
+        self._ledger.add(ENDING_RECORD, slot, self._connections.number[slot], ENDING, ending.encode())
+        self._ledger.commit()
+        self._end(slot, ending)
 
     def failed(self, slot: int, cause: str) -> None:
         """Sending does not work: the client has gone, or reads too slowly (S25).
@@ -631,6 +640,11 @@ class Lifecycle:
         else:
             self._end_again(slot)
 
+    def has_ended(self, slot: int) -> bool:
+        """Whether nothing may be sent to the connection any more, though its turns may have to run again."""
+        ending = self._endings.get(slot)
+        return ending is not None and ending.answered
+
     def _end_again(self, slot: int) -> None:
         """A connection that was ending when its host died has been read again up to there."""
         table = self._connections
@@ -770,7 +784,7 @@ class Lifecycle:
                 if slot not in self._probes:
                     flags[slot] &= ~PINGED
             elif age >= dead:
-                self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
+                self._lost(slot, "ping_timeout")
 
     def _has_acknowledged(self, slot: int) -> bool:
         """Whether the peer's TCP has taken all that we sent, our ping included."""
