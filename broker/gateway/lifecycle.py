@@ -16,7 +16,8 @@ Invariants:
     F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
         last message's
     F3  the socket is open as long as a turn of one of its messages may have to be run again
-    F4  a Close of ours, and with it how the connection ends, is in the ledger's log before it is sent
+    F4  how a connection ends is in the ledger's log before a Close of ours is sent, and before anything is
+        kept from it because its client has gone: so no successor sends again, behind a gap
 """
 
 import contextlib
@@ -444,9 +445,7 @@ class Lifecycle:
             self._end(slot, self._endings[slot])
 
     def _lost(self, slot: int, cause: str) -> None:
-        """From here on nothing is sent to the connection, and no successor must begin with that again: what
-        it sends would come behind a gap.
-        """
+        """From here on nothing is sent to the connection (F4)."""
         ending = Ending(1006, "", False, cause, answered=True)
         self._ledger.add(ENDING_RECORD, slot, self._connections.number[slot], ENDING, ending.encode())
         self._ledger.commit()

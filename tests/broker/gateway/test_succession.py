@@ -741,6 +741,7 @@ def test_nothing_is_sent_behind_a_gap(tmp_path: Path, dies: str) -> None:
         answer()
         world.flow()
         assert world.received[1] == ANSWER
+        assert world.gateway.host is not None
         [ended] = world.gateway.host.events
         assert (ended[0], ended[9]) == (wire.CLOSE, "client_gone")
     finally:
