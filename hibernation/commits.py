@@ -84,7 +84,22 @@ class Commits:
     @property
     def idle(self) -> bool:
         """Whether nothing waits for the disk."""
-        return self._committing is None and not (self._forming.results or self._forming.after)
+        forming = self._forming
+        return self._committing is None and not (forming.results or forming.after or forming.lasting)
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest batch that anything waits for; 0: nothing waits."""
+        forming = self._forming
+        if forming.results or forming.after or forming.lasting:
+            return forming.number
+        committing = self._committing
+        return 0 if committing is None else committing.number
+
+    def has_ended(self, number: int) -> bool:
+        """Whether the batch with this number, and all before it, are on disk."""
+        committing = self._committing
+        return self._forming.number > number and (committing is None or committing.number > number)
 
     @property
     def writing(self) -> bool:
@@ -140,10 +155,23 @@ class Commits:
         if edits:
             batch.edits.extend(edits)
 
-    def after(self, cell: Cell, action: Callable[[], None]) -> None:
-        """Call `action` when the newest writes of the room are on disk; now, if they are."""
+    def must_store(self, cell: Cell) -> None:
+        """The result that the room holds next is to be on disk before it leaves, whether or not its turn
+        wrote.
+        """
+        if cell.shard < 0:
+            cell.shard = self.shard_of(cell.key)
+        self._forming.shards.setdefault(cell.shard, ShardBatch())
+        cell.gate = self._forming.number
+        self._forming.cells.add(cell)
+
+    def after(self, cell: Cell, action: Callable[[], None], *, lasting: bool = False) -> None:
+        """Call `action` when the newest writes of the room are on disk; now, if they are. Not, if the gateway
+        goes before, unless it is `lasting`.
+        """
         if cell.gate:
-            self._batch_of(cell).after.append(action)
+            batch = self._batch_of(cell)
+            (batch.lasting if lasting else batch.after).append(action)
         else:
             action()
 
@@ -157,9 +185,9 @@ class Commits:
         A row on disk says that its connections have come so far. What they did before without writing must
         not be lost with this process: so a batch waits until the gateway has that (`ready`).
         """
-        if self._committing is not None or not (self._forming.results or self._forming.after):
-            return
         batch = self._forming
+        if self._committing is not None or not (batch.results or batch.after or batch.lasting):
+            return
         if not self._ready(batch):
             return
         self._forming = Batch(batch.number + 1)
@@ -315,12 +343,6 @@ class Commits:
                 batch.edits.clear()
                 batch.after.clear()
 
-    def abandon(self) -> None:
-        """The turns whose commit has not begun have not been: their events are given out again. Only when no
-        room is in memory, which could have read what they wrote.
-        """
-        self._forming = Batch(self._forming.number + 1)
-
     def shard_of(self, key: str) -> int:
         """The shard that holds a room's storage."""
         return wire.partition_of(key) % self._shard_count
@@ -346,7 +368,7 @@ class Commits:
                 if cell.room is not None:
                     cell.room._pending_cleared = False
         self._released(batch)
-        for action in batch.after:
+        for action in (*batch.lasting, *batch.after):
             action()
 
     def _die(self, error: BaseException) -> None:

@@ -38,7 +38,7 @@ def _turn(worker: Worker) -> dict[str, Any]:
         "hook": worker.hook,
         "seconds": round(monotonic() - worker.started, 3),
         "waits": bool(worker.waiting[0]),
-        "line": _line(worker.running, worker),
+        "line": _line(worker.running),
     }
 
 
@@ -49,8 +49,15 @@ def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
         reasons.append(f"{turn['hook']} has been running for {turn['seconds']:.1f} s{where}")
     elif cell.events and not cell.retry_at:
         reasons.append(f"{len(cell.events)} events wait for their turn")
-    if cell.streams:
-        reasons.append(f"{cell.streams} answers are being streamed")
+    for work in cell.background:
+        line = _line(work.running)
+        where = f" at {line}" if line else ""
+        reasons.append(
+            f"background work {work.name} has been running for {monotonic() - work.started_at:.1f} s{where}"
+        )
+    answers = cell.streams - len(cell.background)
+    if answers:
+        reasons.append(f"{answers} answers are being streamed")
     if cell.server is not None and turn is None and not cell.streams:
         idle_seconds = monotonic() - cell.used_at
         if cell.kind.hibernate:
@@ -69,9 +76,8 @@ def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
     return reasons
 
 
-def _line(running: Any, worker: Worker) -> str:
-    """The line of the app's own code at which a hook waits: "path:line", or ""."""
-    assert worker.cell is not None
+def _line(running: Any) -> str:
+    """The line of the app's own code at which a coroutine waits: "path:line", or ""."""
     found = ""
     hook_file = _file_of(running)
     for frame in _frames(running):

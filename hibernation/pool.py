@@ -145,7 +145,7 @@ class Pool:
     # --- Tasks ------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Give ready rooms their turns, until cancelled."""
+        """Give ready rooms their turns, until cancelled, or told to `forget` them."""
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._clock)
             self._nursery.start_soon(self._work)
@@ -251,14 +251,17 @@ class Pool:
             cell.scheduled = False
 
     def forget(self) -> None:
-        """The gateway has gone, and will deliver again what was not acknowledged: start from nothing."""
+        """The gateway has gone, and the next one will deliver again what was not acknowledged: cancel the
+        turns under way, and start from nothing but the background work that goes on.
+        """
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
         self._nursery = None
-        for worker in self._workers:  # whatever becomes of its turn, no other begins behind it
-            if worker.cell is not None:
-                worker.cell.events.clear()
-        self._clear()
+        for cell in self.cells.values():  # whatever becomes of its turn, no other begins behind it
+            cell.events.clear()
+        self._ready.clear()
+        self._parked.clear()
+        self._waiting = False
 
     def go_on(self) -> None:
         """The disk takes writes again."""
@@ -271,15 +274,39 @@ class Pool:
             self.activate()
 
     def _clear(self) -> None:
-        self.cells.clear()
+        cells, self.cells = self.cells, {}
+        for cell in cells.values():
+            self._keep(cell)
         self._ready.clear()
         self._parked.clear()
         self._held.clear()
-        self._idle.clear()
+        self._idle = {cell: None for cell in self._idle if cell.background}
         self._retries.clear()
         self._waiting = False
-        self.awake = 0
+        self.awake = sum(cell.server is not None for cell in self.cells.values())
         self._postponed.clear()
+
+    def _keep(self, cell: Cell) -> None:
+        """Of what was there with a former gateway stay the rooms with background work, and what is not on
+        disk. The next one knows all that is known here of connections.
+        """
+        if not cell.background:
+            if not cell.gate:
+                return
+            cell.server = cell.room = cell.met = None
+            cell.streams = 0
+        cell.events.clear()
+        cell.scheduled = cell.running = cell.held = False
+        if cell.retry_at != inf:
+            cell.retry_at = 0.0
+        cell.edited = 0
+        for connection in cell.connections.values():
+            connection._edits = 0
+        if cell.background:
+            self._let_go(cell)
+        else:
+            cell.connections.clear()
+        self.cells[cell.key] = cell
 
     # --- Probation --------------------------------------------------------------------------------
 

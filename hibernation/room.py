@@ -11,7 +11,7 @@ connections onto these, where they are counted in `_edits` until the gateway kno
 room read them, and not the older ones that an event may still carry.
 """
 
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
@@ -35,11 +35,14 @@ _UNREAD: Final[Any] = object()
 #: A stored value, encoded; None: deleted.
 Blob = bytes | None
 
+#: What `start_soon` was given: a function and its arguments.
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
 
 class Turn:
     """What one turn has staged. Made for every message."""
 
-    __slots__ = ("bytes", "cleared", "edits", "effects", "evict", "room", "stored", "writes")
+    __slots__ = ("bytes", "cleared", "edits", "effects", "evict", "room", "stored", "tasks", "writes")
 
     def __init__(self, room: "Room | None") -> None:
         #: None: it has ended, and nothing may be staged any more.
@@ -56,6 +59,22 @@ class Turn:
         self.edits: dict[Connection, Edit] | None = None
         #: The room is to be evicted.
         self.evict = False
+        #: Background work to be begun.
+        self.tasks: list[Task] | None = None
+
+    @property
+    def used(self) -> bool:
+        """Whether anything is staged."""
+        return bool(self.effects or self.stored or self.edits or self.evict or self.tasks)
+
+    def split(self) -> "Turn":
+        """Give what has been staged so far as a turn of its own; this one goes on with nothing."""
+        part = Turn(self.room)
+        for name in Turn.__slots__:
+            mine = getattr(self, name)
+            setattr(self, name, getattr(part, name))
+            setattr(part, name, mine)
+        return part
 
     def write(self, key: str, blob: "Blob") -> None:
         """Stage one write; None deletes."""
@@ -110,6 +129,9 @@ class Backstage(Protocol):
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
+
+    async def flush(self, turn: Turn) -> None:
+        """Let leave what the turn has staged so far."""
 
 
 class _Done:
@@ -630,6 +652,7 @@ class Room:
         "_pending_cleared",
         "_settings",
         "_storage",
+        "_tasks",
         "key",
     )
 
@@ -653,6 +676,8 @@ class Room:
         self._bytes_max = settings.turn_bytes_max
         #: A turn that has ended has asked for eviction.
         self._evict = False
+        #: Pieces of background work that have not ended.
+        self._tasks = 0
 
     def __repr__(self) -> str:
         return f"<Room {self.key!r}>"
@@ -779,8 +804,48 @@ class Room:
             return count
         return int(await self._host.ask_gateway(self.key, "count", criteria))
 
+    def start_soon(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begin background work when this turn has ended well and is on disk; a turn that fails begins none.
+
+        The work keeps the room in memory, may take as long as it likes, and runs beside the turns of the
+        room. It reads, stages and asks as a turn does; `await room.flush()` lets that leave, and so does its
+        end. An exception drops what is not flushed, is logged, and is given to `on_error(None, error)`.
+
+        The work ends with its host: it is not begun again by the next one. When the host is told to end, as
+        for new code, it has `drain` seconds, is then cancelled, and what is not flushed is lost.
+
+        Args:
+            function: A coroutine function, called with the arguments.
+
+        Raises:
+            LimitExceeded: background_max [64] pieces of work of this room have not ended.
+            TypeError: It cannot be called.
+        """
+        turn = self._staging()
+        if not callable(function):
+            raise TypeError(f"start_soon(function, *arguments): {function!r} cannot be called")
+        tasks = turn.tasks or []
+        count, most = self._tasks + len(tasks) + 1, self._settings.background_max
+        if count > most:
+            raise LimitExceeded(
+                "a room's background work", count, most, "pieces", remedy="let some of it end, or join it"
+            )
+        turn.tasks = [*tasks, (function, arguments)]
+
+    async def flush(self) -> None:
+        """Let leave what has been staged so far; return when it is on disk and the link to the gateway has
+        room for more.
+
+        What is flushed is in effect, whatever becomes of the rest. In a turn it is a part that is done before
+        the end: when the host dies between them, the message comes again, and its turn runs again from its
+        beginning. While there is no gateway it waits for the next.
+        """
+        await self._host.flush(self._staging())
+
     def hibernate(self) -> None:
-        """Ask to be evicted at the end of this turn, whatever idle_seconds says."""
+        """Ask to be evicted at the end of this turn, whatever idle_seconds says; while background work runs,
+        at its end.
+        """
         self._staging().evict = True
 
     def _newer(self) -> list[Connection]:

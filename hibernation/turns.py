@@ -18,7 +18,7 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import DeadLetter, TurnTimeout
 from hibernation.logs import get_logger
 from hibernation.room import Connection, ConnectionContext, Room, Turn, check_tags
-from hibernation.running import CLOSING, CONNECTING, OTHER, REPLAY, REPLAYING, mark_of
+from hibernation.running import CLOSING, CONNECTING, FAILED, OTHER, REPLAY, REPLAYING, mark_of
 from hibernation.suspects import Suspect
 from hibernation.suspension import carry_on, watched
 from storage.blame import Letter
@@ -107,6 +107,8 @@ class Turns:
             await self._close(cell, room, worker, event, turn)
         elif kind == REPLAY:
             await self._replay(cell, room, worker, event, turn)
+        elif kind == FAILED:
+            await self._failed(cell, room, worker, event, turn)
         else:
             worker.note[1] = 0
             worker.note[0] = OTHER
@@ -226,6 +228,19 @@ class Turns:
         self.replayed(cell, event, failure)
         self._finish(cell, turn, [wire.EFFECTS, turn.effects])
 
+    async def _failed(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
+        """Tell `on_error` of what background work has raised."""
+        worker.note[1] = 0
+        worker.note[0] = OTHER
+        worker.hook = "on_error"
+        try:
+            await self.call(cell.kind, worker, cell.server, None, event[2])
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            turn = await self.fail(cell, room, worker, None, error)
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
         """End a turn that was cancelled from inside: it took too long, or the client of its request has
         left.
@@ -246,6 +261,10 @@ class Turns:
         if kind == REPLAY:
             turn = await self.fail(cell, room, worker, None, error)
             self.replayed(cell, event, error)
+            self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+            return
+        if kind == FAILED:
+            turn = await self.fail(cell, room, worker, None, error)
             self._finish(cell, turn, [wire.EFFECTS, turn.effects])
             return
         slot, number, card, state = event[2:6]

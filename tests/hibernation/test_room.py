@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.link import encode as encode_for_link
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Room, Turn
 from hibernation.settings import Settings
 from storage.errors import StorageLimitError, ValueEncodingError
 from storage.values import decode, encode
@@ -36,6 +36,9 @@ class FakeHost:
     def read_range(self, key: str, **bounds: Any) -> list[tuple[str, bytes]]:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
+
+    async def flush(self, turn: Turn) -> None:
+        raise AssertionError
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
