@@ -18,6 +18,7 @@ from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
     from hibernation.background import Work
+    from hibernation.overlap import Overlap
     from hibernation.room import Connection, Room
 
 #: An event of the link: its kind, its room's key, and what `hibernation.wire` says of that kind.
@@ -36,9 +37,11 @@ class Kind:
         "hibernate",
         "hooks",
         "idle_seconds",
+        "interleaves",
         "message_parameters",
         "name",
         "notes_start",
+        "overlaps",
         "parameters",
         "settings",
         "starts",
@@ -52,6 +55,9 @@ class Kind:
         self.hibernate = party.hibernate
         self.idle_seconds = self.settings.idle_seconds
         self.evicts_at_once = self.hibernate and not self.idle_seconds
+        #: Turns of one room may overlap, and those of one connection too.
+        self.overlaps = party.concurrency != "serial"
+        self.interleaves = party.concurrency == "interleave"
         self.starts = party.has_on_start
         #: Whether the start of a room runs code of the app's, which may end the host.
         self.notes_start = self.starts or getattr(party.cls.__init__, "__module__", "") != SERVER_MODULE
@@ -97,6 +103,8 @@ class Cell:
     #: `on_start` has run, or there is none.
     started = False
     running = False
+    #: Which of its turns are under way, if they may overlap.
+    overlap: "Overlap | None" = None
     #: It may not run before the disk takes what it has written.
     held = False
 

@@ -18,18 +18,18 @@ def explain(pool: Pool, key: str) -> dict[str, Any]:
 
     Returns:
         `awake`, `waiting` (events that have not begun), `reasons` (texts: what keeps the object in memory)
-        and `turn` (hook, seconds, waits, line), None if no turn is under way.
+        and `turn` (hook, seconds, waits, line): the one that has been running longest, None if none is.
     """
     cell = pool.cells.get(key)
     if cell is None:
         return {"awake": False, "waiting": 0, "reasons": [], "turn": None}
-    worker = next((each for each in pool._workers if each.cell is cell), None)
-    turn = None if worker is None else _turn(worker)
+    turns = [_turn(each) for each in pool._workers if each.cell is cell]
+    turns.sort(key=lambda turn: -turn["seconds"])
     return {
         "awake": cell.server is not None,
         "waiting": len(cell.events),
-        "reasons": _reasons(cell, turn),
-        "turn": turn,
+        "reasons": _reasons(cell, turns),
+        "turn": turns[0] if turns else None,
     }
 
 
@@ -42,12 +42,12 @@ def _turn(worker: Worker) -> dict[str, Any]:
     }
 
 
-def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
+def _reasons(cell: Cell, turns: list[dict[str, Any]]) -> list[str]:
     reasons = []
-    if turn is not None:
+    for turn in turns:
         where = f" at {turn['line']}" if turn["line"] else ""
         reasons.append(f"{turn['hook']} has been running for {turn['seconds']:.1f} s{where}")
-    elif cell.events and not cell.retry_at:
+    if not turns and cell.events and not cell.retry_at:
         reasons.append(f"{len(cell.events)} events wait for their turn")
     for work in cell.background:
         line = _line(work.running)
@@ -58,7 +58,7 @@ def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
     answers = cell.streams - len(cell.background)
     if answers:
         reasons.append(f"{answers} answers are being streamed")
-    if cell.server is not None and turn is None and not cell.streams:
+    if cell.server is not None and not turns and not cell.streams:
         idle_seconds = monotonic() - cell.used_at
         if cell.kind.hibernate:
             reasons.append(
@@ -71,7 +71,7 @@ def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
             )
         else:
             reasons.append("hibernate is False: it stays while it has a connection")
-    if cell.failures and cell.server is None and turn is None:
+    if cell.failures and cell.server is None and not turns:
         reasons.append(f"it has failed to start {cell.failures} times")
     return reasons
 

@@ -50,7 +50,7 @@ from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
-from hibernation.room import Connection, Edit, Room, Turn
+from hibernation.room import Connection, Edit, Turn
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.shards import Shard
@@ -419,12 +419,11 @@ class Host:
     def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
         """A turn has ended well: stage its writes, and let its result leave, or wait for the commit."""
         self.turn_count += 1
-        room, turn.room = turn.room, None
+        turn.room = None
         if turn.stored:
             self._commits.stage(cell, turn)
         if turn.evict or turn.tasks:
-            assert room is not None
-            self._carry_on(cell, room, turn)
+            self._carry_on(cell, turn)
         edits = turn.edits
         if not cell.gate:
             self._out.append(result)
@@ -435,8 +434,10 @@ class Host:
         else:
             self._commits.hold(cell, result, self._edits(cell, edits) if edits else [], turn.bytes)
 
-    def _carry_on(self, cell: Cell, room: Room, turn: Turn) -> None:
+    def _carry_on(self, cell: Cell, turn: Turn) -> None:
         """What a turn has asked of its room: to go, or to work on."""
+        room = cell.room
+        assert room is not None
         room._evict = room._evict or turn.evict
         if turn.tasks:
             # On disk with its turn, so that no other host runs that again, and begins it a second time.

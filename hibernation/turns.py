@@ -100,7 +100,10 @@ class Turns:
                 raise
             except BaseException as error:  # noqa: BLE001 - room code may raise anything
                 turn = await self.fail(cell, room, worker, connection, error)
-            self._finish(cell, turn, [wire.TURN, slot, number, end, turn.effects])
+            if cell.overlap is None:
+                self._finish(cell, turn, [wire.TURN, slot, number, end, turn.effects])
+            else:
+                self._end(cell, turn, event, [wire.TURN, slot, number, end, turn.effects])
         elif kind == wire.CONNECT:
             await self._connect(cell, room, worker, event, turn)
         elif kind == wire.CLOSE:
@@ -113,6 +116,16 @@ class Turns:
             worker.note[1] = 0
             worker.note[0] = OTHER
             await self.exchanges.turn(cell, room, worker, event, turn)
+
+    def _end(self, cell: Cell, turn: Turn, event: Event, result: list[Any]) -> None:
+        """End the turn of a connection's event, as soon as those have ended that it may not overtake (T3)."""
+        overlap = cell.overlap
+        if overlap is None:
+            self._finish(cell, turn, result)
+            return
+        turn.room = None  # nothing is added while it is held
+        for each in overlap.ended(event, (turn, result)):
+            self._finish(cell, *each)
 
     async def _connect(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         _, _, slot, number, card, state, request = event
@@ -137,7 +150,7 @@ class Turns:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             turn = await self.fail(cell, room, worker, connection, error)
             failed = True
-        self._finish(cell, turn, [wire.CONNECTED, slot, number, failed, turn.effects])
+        self._end(cell, turn, event, [wire.CONNECTED, slot, number, failed, turn.effects])
 
     async def _close(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         _, _, slot, number, card, state, code, reason, clean, cause = event
@@ -155,7 +168,7 @@ class Turns:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             turn = await self.fail(cell, room, worker, connection, error)
-        self._finish(cell, turn, [wire.CLOSED, slot, number, turn.effects])
+        self._end(cell, turn, event, [wire.CLOSED, slot, number, turn.effects])
         if not connection._edits:
             cell.connections.pop(number, None)
 
@@ -190,11 +203,11 @@ class Turns:
         """The result of a connection's turn that did not go through."""
         kind, slot, number = event[0], event[2], event[3]
         if kind == wire.MESSAGE:
-            self._finish(cell, turn, [wire.TURN, slot, number, event[6], turn.effects])
+            self._end(cell, turn, event, [wire.TURN, slot, number, event[6], turn.effects])
         elif kind == wire.CONNECT:
-            self._finish(cell, turn, [wire.CONNECTED, slot, number, True, turn.effects])
+            self._end(cell, turn, event, [wire.CONNECTED, slot, number, True, turn.effects])
         else:
-            self._finish(cell, turn, [wire.CLOSED, slot, number, turn.effects])
+            self._end(cell, turn, event, [wire.CLOSED, slot, number, turn.effects])
 
     async def _replay(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         """Run a dead letter's event again. Nobody waits for its acknowledgement, and its connection may have

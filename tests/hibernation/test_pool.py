@@ -88,8 +88,8 @@ class House:
         return key in self.deserted
 
     def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
-        assert turn.room is not None
-        turn.room._evict |= turn.evict
+        assert cell.room is not None
+        cell.room._evict |= turn.evict
         turn.room = None
         for connection, edit in (turn.edits or {}).items():
             connection._apply(edit)
