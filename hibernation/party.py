@@ -119,6 +119,7 @@ class Party:
             "aliases": list(self.aliases),
             "hooks": sorted(self.hooks),
             "hibernate": self.hibernate,
+            "concurrency": self.concurrency,
             "subprotocols": list(self.subprotocols),
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
