@@ -40,7 +40,7 @@ class Server:
         on_connect(self, connection, ctx)
         on_message(self, message, sender)                         message: str or bytes
         on_close(self, connection, code, reason, was_clean)       exactly once per connection
-        on_error(self, connection, error)                         connection is None for requests and other work
+        on_error(self, connection, error)                         connection is None for requests
         on_request(self, request)                                 returns what a Quart view may return
 
     and static methods, which run before there is a room:

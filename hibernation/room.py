@@ -828,7 +828,11 @@ class Room:
         count, most = self._tasks + len(tasks) + 1, self._settings.background_max
         if count > most:
             raise LimitExceeded(
-                "a room's background work", count, most, "pieces", remedy="let some of it end, or join it"
+                "a room's background work",
+                count,
+                most,
+                "pieces",
+                remedy="let some of it end, or raise background_max",
             )
         turn.tasks = [*tasks, (function, arguments)]
 

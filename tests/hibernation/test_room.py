@@ -314,6 +314,8 @@ def test_effects_outside_of_a_turn_raise(stage):
         lambda: room.storage.delete("k"),
         lambda: room.storage.delete_all(),
         room.hibernate,
+        lambda: room.start_soon(print),
+        lambda: trio.run(room.flush),
     ):
         with pytest.raises(RoomGone):
             call()
@@ -468,6 +470,85 @@ def test_a_state_that_cannot_be_stored_or_made_leaves_the_old_one(stage):
     with pytest.raises(ZeroDivisionError):
         connection.set_state(lambda _: 1 / 0)
     assert (connection.state, effects, connection._edits) == ("old", [], 0)
+
+
+# --- Background work and parts of turns -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [0, 2])
+def test_a_room_has_background_max_pieces_of_work_and_not_one_more(running):
+    """S7: at one below, at, and one above, those that run counted; what is refused changes nothing."""
+    stage = Stage(background_max=4)
+    stage.room._tasks = running
+    stage.begin()
+    for number in range(4 - running):
+        stage.room.start_soon(print, number)
+    with pytest.raises(
+        LimitExceeded, match=r"at most 4 are allowed; let some of it end, or raise background_max"
+    ):
+        stage.room.start_soon(print)
+    assert stage.turn.tasks == [(print, (number,)) for number in range(4 - running)]
+    stage.room._discard()
+    stage.begin()
+    assert not stage.turn.tasks
+
+
+def test_what_cannot_be_called_is_no_work(stage):
+    stage.begin()
+    with pytest.raises(TypeError, match="cannot be called"):
+        stage.room.start_soon(None)
+
+
+def test_a_part_of_a_turn_takes_all_that_was_staged_and_leaves_it_empty(stage):
+    """S20: what is staged after it is another part, of the same turn, with all its room."""
+    connection = stage.connect(1, state=1)
+    stage.begin()
+    assert not stage.turn.used
+    connection.send("one")
+    connection.set_state(2)
+    stage.room.storage.put("k", 1)
+    stage.room.hibernate()
+    stage.room.start_soon(print)
+    part = stage.turn.split()
+    assert part.used and part.stored and part.evict and part.tasks
+    assert [effect[0] for effect in part.effects] == [wire.SEND, wire.STATE]
+    assert part.bytes > 0
+    turn = stage.turn
+    assert (turn.used, turn.bytes, turn.effects, turn.writes) == (False, 0, [], None)
+    assert (part.room, turn.room) == (stage.room, stage.room)
+    connection.send("two")
+    assert [effect[3] for effect in turn.effects] == ["two"]
+
+
+def test_turns_that_overlap_see_their_own_and_what_has_ended(stage):
+    """S19, S20: writes, states, tags and closes of one show to others at its end; the last to end wins."""
+    one, two = stage.connect(1, "tag", state="old"), stage.connect(2)
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    turns = [context.run(stage.room._begin) for context in contexts]
+
+    def in_turn(index: int, call: Any, *arguments: Any) -> Any:
+        return contexts[index].run(call, *arguments)
+
+    for index, value in enumerate(("first", "second")):
+        in_turn(index, one.set_state, value)
+        in_turn(index, one.add_tags, value)
+        in_turn(index, stage.room.storage.put, "k", value)
+    in_turn(0, two.close)
+    assert [in_turn(index, lambda: one.state) for index in range(2)] == ["first", "second"]
+    assert [in_turn(index, lambda: one.tags[-1]) for index in range(2)] == ["first", "second"]
+    assert [in_turn(index, stage.get, "k") for index in range(2)] == ["first", "second"]
+    assert (one.state, one.tags, stage.get("k")) == ("old", ("tag",), None)
+    assert [in_turn(index, stage.ids) for index in range(2)] == [["c1"], ["c1", "c2"]]
+    in_turn(1, two.send, "open")
+    stage.turn = turns[1]
+    stage.end()
+    assert (one.state, one.tags, stage.get("k")) == ("second", ("tag", "second"), "second")
+    assert in_turn(0, lambda: one.state) == "first"
+    with pytest.raises(RoomGone):
+        in_turn(1, one.send, "late")
+    stage.turn = turns[0]
+    stage.end()
+    assert (one.state, stage.get("k"), stage.ids()) == ("first", "first", ["c1"])
 
 
 # --- A turn that fails ----------------------------------------------------------------------------
