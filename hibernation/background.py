@@ -120,6 +120,7 @@ class Background:
         note = None
         try:
             with work.scope:
+                await trio.lowlevel.checkpoint_if_cancelled()  # before it has begun
                 while pool.probation is not None and pool.probation.holds:  # noqa: ASYNC110
                     await trio.sleep(LOOK_SECONDS)
                 note = pool.running.enter()

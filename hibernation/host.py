@@ -77,8 +77,10 @@ _RESULTS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED, wire.EFFECT
 _OF_CONNECTIONS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED})
 #: Pause between attempts to reach a gateway that is not there.
 RECONNECT_SECONDS: Final = 0.02
-#: How often it is looked, while background work is awaited, whether there still is a gateway for it.
+#: While background work is awaited it is looked so often whether there is a gateway for it; when there is
+#: none for so many looks the whole instance stops.
 RETIRE_LOOK_SECONDS: Final = 0.25
+ALONE_LOOKS_MAX: Final = 8
 #: Between two signs of life for the supervisor.
 BEAT_SECONDS: Final = 1.0
 #: What turns under way have at least when background work has taken all of `drain`.
@@ -344,9 +346,11 @@ class Host:
         drain = self.config.settings.drain
         began = trio.current_time()
         with trio.move_on_after(drain):
-            while self._background.busy and self._socket is not None:
+            alone = 0
+            while self._background.busy and alone < ALONE_LOOKS_MAX:
                 with trio.move_on_after(RETIRE_LOOK_SECONDS):
                     await self._background.all_ended()
+                alone = alone + 1 if self._socket is None else 0
         await self._end_background()
         self._out_put([wire.RETIRE])
         self._pool.retire()
