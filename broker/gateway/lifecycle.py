@@ -710,6 +710,7 @@ class Lifecycle:
             if room.shard in shards:
                 room.inflight_events = 0
                 room.inflight_bytes = 0
+                room.shares = None
                 room.waiting = None
         for slot in range(len(table)):
             room_of_slot = table.room[slot]
