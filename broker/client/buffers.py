@@ -39,7 +39,8 @@ class Closed:
     """An open connection has ended.
 
     `code` and `reason` are those of the Close that ended it; 1006 where there was none, and then `reason` is
-    the client's own explanation. `was_clean`: a Close went both ways. `retry_in_seconds` is the pause before
+    the client's own explanation. `was_clean`: a Close went both ways; False with 1002 and 1007 too, which the
+    client gives itself when it hears what is no WebSocket frame or no text. `retry_in_seconds` is the pause before
     the next attempt, 0.0 for a reconnect that was asked for, None if there is no next one.
     """
 
@@ -105,7 +106,7 @@ class SendBuffer:
         if self._bytes + size > self._bytes_max:
             raise SendBufferFull(
                 "messages that wait to be sent",
-                self._bytes + size,
+                size if size > self._bytes_max else self._bytes + size,
                 self._bytes_max,
                 remedy="await wait_open(), send less, or raise `buffer_bytes_max`",
             )

@@ -177,7 +177,7 @@ class Options:
             )  # fmt: skip
         for name in ("host", "room", "party", "path", "base_path", "prefix", "protocol", "id"):
             text: object = getattr(self, name)
-            if text is not None and not isinstance(text, str):
+            if not isinstance(text, str) and (text is not None or name == "host"):
                 raise TypeError(f"{name} is a str, not {text!r}")
         if self.id is not None and not (1 <= len(self.id) <= ID_CHARACTERS_MAX and self.id.isprintable()):
             raise AddressError(

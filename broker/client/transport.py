@@ -10,6 +10,8 @@ Close is such a break. `hold` hears of each, and the stream is closed in every c
 """
 
 import math
+import os
+import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ _RECEIVE_BYTES: Final = 2**16
 
 #: Pings without a Pong that may be under way: a server may leave some unanswered while it does not read.
 _PINGS_MAX: Final = 8
+
+#: Codes that trio-websocket gives without a Close of the server: broken frames, and text that is none.
+_OWN_VERDICTS: Final = (1002, 1007)
 
 _BROKEN: Final = (wsproto.utilities.ProtocolError, h11.ProtocolError)
 
@@ -118,7 +123,10 @@ def _unreachable(endpoint: Endpoint, error: OSError) -> ConnectError:
     remedy = ""
     if isinstance(first, ConnectionRefusedError):
         remedy = f"does the broker run, and on port {endpoint.port}?"
-    reason = (first.strerror if isinstance(first, OSError) else None) or str(first)
+    if isinstance(first, OSError) and first.errno is not None and not isinstance(first, socket.gaierror):
+        reason = os.strerror(first.errno)  # trio's own text repeats the address
+    else:
+        reason = getattr(first, "strerror", None) or str(first)
     return ConnectError(endpoint.shown, f"cannot connect to {endpoint.authority}: {reason}", remedy)
 
 
@@ -340,7 +348,7 @@ class _Conversation:
             reason = f"a message was larger than message_bytes_max, {limit:,}"
             self._end(Ending(1009, reason, was_clean=False))
         else:
-            self._end(Ending(closed.code, reason, was_clean=True))
+            self._end(Ending(int(closed.code), reason, was_clean=closed.code not in _OWN_VERDICTS))
 
     async def _say(self) -> None:
         while await self._owner.wait_outgoing():
