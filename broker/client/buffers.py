@@ -40,8 +40,8 @@ class Closed:
 
     `code` and `reason` are those of the Close that ended it; 1006 where there was none, and then `reason` is
     the client's own explanation. `was_clean`: a Close went both ways; False with 1002 and 1007 too, which the
-    client gives itself when it hears what is no WebSocket frame or no text. `retry_in_seconds` is the pause before
-    the next attempt, 0.0 for a reconnect that was asked for, None if there is no next one.
+    client gives itself when it hears what is no WebSocket frame or no text. `retry_in_seconds` is the pause
+    before the next attempt, 0.0 for a reconnect that was asked for, None if there is no next one.
     """
 
     code: int

@@ -447,6 +447,7 @@ class PartySocket:
         self._tell()
 
     def _failed(self, error: ConnectError) -> None:
+        first = self._last_error is None
         self._last_error = error
         retry = self._judge(self._options.should_retry, error)
         if retry is None:
@@ -456,8 +457,8 @@ class PartySocket:
         pause = self._life.failed(random.random(), retry=retry, retry_after=after)
         if pause is not None:
             self._due = trio.current_time() + pause
-            # Once for each time that it is gone: who looks at the log wants to know that, not how often.
-            log.log(logging.INFO if retries else logging.WARNING, "%s; trying again in %.1f s", error, pause)
+            # A warning once for each time that it is gone: that is news, and how often it was tried is not.
+            log.log(logging.WARNING if first else logging.INFO, "%s; trying again in %.1f s", error, pause)
             self._tell()
         elif retry:
             self._finish(RetriesExhausted(retries + 1, error), error)

@@ -104,9 +104,9 @@ def app(module_broker: BrokerFactory) -> BrokerProcess:
     return module_broker(APP)
 
 
-def run(function: Callable[[], Awaitable[None]]) -> None:
+def run(function: Callable[[], Awaitable[None]], seconds: float = DEADLINE_SECONDS) -> None:
     async def bounded() -> None:
-        with trio.fail_after(DEADLINE_SECONDS):
+        with trio.fail_after(seconds):
             await function()
         left = trio.lowlevel.current_root_task().child_nurseries[0].child_tasks  # type: ignore[union-attr]
         assert len(left) == 1, left
@@ -513,14 +513,15 @@ def test_the_broker_is_restarted(broker: BrokerFactory, caplog: pytest.LogCaptur
                 assert await socket.receive() == "while nobody is there"
         assert sorted(await closes_of(app, "room", 4)) == [
             ["ann", 1000, "", "client_close"],
-            ["ann", 1012, "the broker is shutting down", "server_close"],
+            ["ann", 1012, "service restart", "server_close"],
             ["ben", 1000, "", "client_close"],
-            ["ben", 1012, "the broker is shutting down", "server_close"],
+            ["ben", 1012, "service restart", "server_close"],
         ]
 
-    run(main)
+    run(main, 3 * DEADLINE_SECONDS)  # a stop and a start, each of which may take its own
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert all("Connection refused" in text and "_pk" not in text for text in warnings)
+    assert len(warnings) == 2  # one for each of the two, however often they tried
+    assert not any("_pk" in text for text in warnings)
     assert any("open again" in record.getMessage() for record in caplog.records)
 
 
@@ -545,7 +546,7 @@ def test_the_gateway_is_killed(broker: BrokerFactory) -> None:
             while await anext(events) != "and again":
                 pass
 
-    run(main)
+    run(main, 3 * DEADLINE_SECONDS)
 
 
 # --- Refusals and failures
@@ -1053,6 +1054,10 @@ def test_a_request_that_takes_too_long() -> None:
 # --- The synchronous face
 
 
+def own_threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("broker.client")]
+
+
 def plainly(app: BrokerProcess, room: str = "plain", **options: Any) -> broker.client.BlockingSocket:
     return broker.client.connect(f"127.0.0.1:{app.port}", room, **{**FAST, **options})
 
@@ -1109,7 +1114,6 @@ def test_what_has_come_can_be_received_after_the_end(app: BrokerProcess) -> None
 
 
 def test_scripts_that_fail(app: BrokerProcess) -> None:
-    threads = threading.active_count()
     with pytest.raises(Refused) as raised:
         plainly(app, party="nobody")
     assert raised.value.status == 404
@@ -1117,7 +1121,7 @@ def test_scripts_that_fail(app: BrokerProcess) -> None:
         broker.client.connect("127.0.0.1:1", "x", timeout=0.1)
     with pytest.raises(broker.client.AddressError):
         broker.client.connect(f"127.0.0.1:{app.port}")
-    assert threading.active_count() == threads
+    assert not own_threads()
 
 
 def test_a_script_within_trio(app: BrokerProcess) -> None:
@@ -1215,4 +1219,4 @@ def test_a_program_that_ends_without_closing(app: BrokerProcess) -> None:
 
 def test_nothing_is_left(app: BrokerProcess) -> None:
     eventually(lambda: not app.connections(), "no connection")
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("broker.client")]
+    assert not own_threads()
