@@ -147,6 +147,11 @@ class Inbox:
         return len(self._items)
 
     @property
+    def closed(self) -> bool:
+        """Whether messages are not wanted at all: its owner only sends."""
+        return self._messages_max == 0
+
+    @property
     def full(self) -> bool:
         """Whether no message should be read from the network before one is taken here."""
         return len(self._items) - self._events >= self._messages_max or self._bytes >= self._bytes_max

@@ -164,6 +164,7 @@ async def _exchange(
     status, received = 0, bytearray()
     received_headers: tuple[tuple[str, str], ...] = ()
     while True:
+        await trio.lowlevel.checkpoint()
         event = http.next_event()
         if event is h11.NEED_DATA:
             http.receive_data(bytes(await stream.receive_some(_RECEIVE_BYTES)))

@@ -112,7 +112,7 @@ _FLOATS: Final = {
 _WHOLE: Final = {
     "buffer_messages_max": (1, 10**9, "messages"),
     "buffer_bytes_max": (1, 2**40, "bytes"),
-    "inbox_messages_max": (1, 10**9, "messages"),
+    "inbox_messages_max": (0, 10**9, "messages"),
     "inbox_bytes_max": (1, 2**40, "bytes"),
     "message_bytes_max": (1, 2**40, "bytes"),
 }

@@ -165,14 +165,22 @@ class PartySocket:
         assert self._nursery is not None
         try:
             if not isinstance(error, trio.Cancelled):
-                await self.close()
+                await self.close()  # noqa: ASYNC102 - it has a deadline, and is to be cancelled
+        except trio.Cancelled:
+            if error is None:
+                raise
+            # What the block has raised goes on, a group with a cancellation in it perhaps.
         finally:
             self._left = True
             self._finish(SocketClosed(1000, ""))
             self._nursery.cancel_scope.cancel()
-            # The body's error goes on by itself: given to the nursery it would come back in a group. The task
-            # raises nothing but what is no Exception.
-            await self._nursery_manager.__aexit__(None, None, None)
+            # The block's error goes on by itself: given to the nursery it would come back in a group. The
+            # task raises what is no Exception alone, and its cancellation where that comes from outside.
+            try:
+                await self._nursery_manager.__aexit__(None, None, None)  # noqa: ASYNC102 - it is cancelled
+            except BaseException as raised:
+                if error is None or not _is_cancellation(raised):
+                    raise
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         """Close for good. If it is open, what was sent before goes out first.
@@ -535,6 +543,13 @@ class PartySocket:
             lot.unpark_all()
 
 
+def _is_cancellation(error: BaseException) -> bool:
+    """Whether it is a Cancelled, or a group of nothing else."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.Cancelled)[1] is None
+    return isinstance(error, trio.Cancelled)
+
+
 class _Events(AsyncIterator[Event]):
     """What `PartySocket.events` gives. No generator, so that a loop may be left early without cleaning up."""
 
@@ -558,6 +573,8 @@ class _Owner:
         self._socket._opened(url, subprotocol)
 
     async def deliver(self, message: str | bytes) -> None:
+        if self._socket._inbox.closed:
+            return
         while self._socket._inbox.full:
             await self._socket._read.park()
         self._socket._inbox.put(message)

@@ -9,6 +9,7 @@ ends without closing ends.
 import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from time import monotonic
 from types import TracebackType
 from typing import Any, Final, Generic, Self, TypeVar, Unpack, cast
@@ -68,6 +69,12 @@ def connect(
         socket.close()
         raise
     return socket
+
+
+async def _at_once(function: Callable[[], T]) -> T:
+    """Something that waits for nothing, as a call that could."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    return function()
 
 
 class _Call(Generic[T]):
@@ -227,30 +234,26 @@ class BlockingSocket:
     def reconnect(self, code: int = 1000, reason: str = "") -> None:
         """Connect anew, at once."""
 
-        async def order() -> None:
+        def order() -> None:
             self._socket.reconnect(code, reason)
             with self._lock:
                 self._end = None
 
-        self._call(order, None)
+        self._call(partial(_at_once, order), None)
 
     def update_properties(
         self, host: str | None = None, room: str | None = None, **changes: Unpack[AddressOptions]
     ) -> None:
         """Change where the next connection goes."""
 
-        async def change() -> None:
+        def change() -> None:
             self._socket.update_properties(host, room, **changes)
 
-        self._call(change, None)
+        self._call(partial(_at_once, change), None)
 
     def take_unsent(self) -> list[str | bytes]:
         """Take back what no connection has been given yet."""
-
-        async def take() -> list[str | bytes]:
-            return self._socket.take_unsent()
-
-        return self._call(take, None)
+        return self._call(partial(_at_once, self._socket.take_unsent), None)
 
     def fetch(self, path: str = "", **options: Any) -> FetchResponse:
         """Ask the same room by HTTP, with the arguments of PartySocket.fetch."""

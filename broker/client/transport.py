@@ -303,6 +303,8 @@ class _Conversation:
         self._drained = trio.Event()
         self._close: tuple[int, str] | None = None
         self._ending: Ending | None = None
+        self._heard = 0
+        self._lost = False
         self._pings = 0
         self._ponging = False
 
@@ -334,6 +336,7 @@ class _Conversation:
         try:
             while True:
                 await self._owner.deliver(await self._websocket.get_message())
+                self._heard += 1
         except trio_websocket.ConnectionClosed:
             pass
         if self._close is not None:
@@ -353,6 +356,7 @@ class _Conversation:
     async def _say(self) -> None:
         while await self._owner.wait_outgoing():
             if self._websocket.closed is not None:
+                self._lost = True
                 return  # what has not been taken stays for the next connection
             message = self._owner.take_outgoing()
             if message is None:
@@ -360,6 +364,7 @@ class _Conversation:
             try:
                 await self._websocket.send_message(message)
             except (trio_websocket.ConnectionClosed, wsproto.utilities.ProtocolError):
+                self._lost = True
                 return
         self._drained.set()
 
@@ -380,27 +385,30 @@ class _Conversation:
         interval = self._plan.ping_interval
         limit = interval + self._plan.ping_timeout
         while True:
-            silence = self._stream.silence()
+            silence, heard = self._stream.silence(), self._heard
+            pause = interval - silence
             if not self._stream.reading:
+                pause = interval
                 if not self._ponging:
                     nursery.start_soon(self._pong)
-                await trio.sleep(interval)
-            elif silence < interval:
-                await trio.sleep(interval - silence)
-            elif silence < limit:
+            elif silence >= limit:
+                pause = 0.0
+                self._end(Ending(1006, f"no sign of life for {limit:g} s", was_clean=False))
+            elif silence >= interval:
+                pause = limit - silence
                 if self._pings < _PINGS_MAX:
                     nursery.start_soon(self._ping)
-                await trio.sleep(limit - silence)
-            else:
-                self._end(Ending(1006, f"no sign of life for {limit:g} s", was_clean=False))
-                return
+            await trio.sleep(pause)
+            # Whoever does not read does not hear of the end either, but what is said meets it.
+            if self._lost and not self._stream.reading and self._heard == heard:
+                self._end(Ending(1006, "the connection was lost", was_clean=False))
 
     async def _ping(self) -> None:
         self._pings += 1
         try:
             await self._websocket.ping()
         except (trio_websocket.ConnectionClosed, wsproto.utilities.ProtocolError):
-            pass
+            self._lost = True
         finally:
             self._pings -= 1
 
@@ -409,6 +417,6 @@ class _Conversation:
         try:
             await self._websocket.pong()
         except (trio_websocket.ConnectionClosed, wsproto.utilities.ProtocolError):
-            pass
+            self._lost = True
         finally:
             self._ponging = False
