@@ -1,21 +1,27 @@
 """`broker.client` against the real command, and against servers that do what a broker never would."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
+import random
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
+import trio_websocket
+import wsproto.utilities
 
 import broker.client
 from broker.client import (
@@ -36,6 +42,7 @@ from tests.broker.client.cases import DIFFERENT, JS_NAMES, REQUESTS, THROWN, WEB
 from tests.e2e.broker_process import DEADLINE_SECONDS, ROOT, BrokerProcess, eventually
 from tests.e2e.conftest import BrokerFactory
 from tests.e2e.test_partysocket import Driver
+from tests.tools import program
 
 pytestmark = pytest.mark.e2e
 
@@ -638,11 +645,12 @@ async def server(handler: Callable[[trio.SocketStream], Awaitable[None]]) -> Asy
         nursery.cancel_scope.cancel()
 
 
-async def read_head(stream: trio.SocketStream) -> bytes:
+async def read_head(stream: trio.abc.ReceiveStream) -> bytes:
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         data = await stream.receive_some(1000)
-        assert data
+        if not data:
+            raise trio.BrokenResourceError("gone")
         head += data
     return head
 
@@ -720,6 +728,42 @@ def test_no_tls_where_it_is_expected(app: BrokerProcess) -> None:
     run(main)
 
 
+def test_tls(tmp_path: Path) -> None:
+    """With a certificate that is trusted, and with one that is not; by WebSocket and by HTTP."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    make = [program("openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    make += ["-nodes", "-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", "/CN=test"]
+    subprocess.run([*make, "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    ours = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ours.load_cert_chain(certificate, key)
+    trusting = ssl.create_default_context(cafile=str(certificate))
+
+    async def handler(plain: trio.SocketStream) -> None:
+        stream = trio.SSLStream(plain, ours, server_side=True, https_compatible=True)
+        head = await read_head(stream)
+        if b"Upgrade: websocket" in head:
+            await stream.send_all(accepted(head) + b"\x81\x02hi")
+            await stream.receive_some()
+            await stream.send_all(b"\x88\x02\x03\xe8")
+        else:
+            await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello")
+
+    async def main() -> None:
+        async with server(handler) as host:
+            async with PartySocket(host, "x", protocol="wss", ssl_context=trusting) as socket:
+                assert await socket.receive() == "hi"
+            assert socket.last_close == Closed(1000, "", True, None)
+            answer = await broker.client.fetch(host, "x", protocol="https", ssl_context=trusting)
+            assert answer.text == "hello"
+            async with PartySocket(host, "x", protocol="wss", should_retry=lambda error: False) as socket:
+                with pytest.raises(ConnectError, match=r"no TLS: self.signed certificate"):
+                    await socket.wait_open()
+            with pytest.raises(ConnectError, match=r"no TLS: self.signed certificate"):
+                await broker.client.fetch(host, "x", protocol="https")
+
+    run(main)
+
+
 def test_a_network_that_is_dead() -> None:
     """The connection is open and nothing comes any more, no answer to a ping either."""
 
@@ -760,6 +804,85 @@ def test_a_program_that_never_receives() -> None:
             await deaf.wait_open()
 
     run(main)
+
+
+def test_a_server_that_does_everything_wrong() -> None:
+    """P4: whatever happens and whatever is ordered, no message comes twice or out of order, what was
+    cancelled is not sent, and Opened and Closed alternate.
+    """
+    chance = random.Random(4)
+    arrived: list[str] = []
+
+    async def handler(stream: trio.SocketStream) -> None:
+        kind = chance.random()
+        if kind < 0.1:
+            return
+        if kind < 0.2:
+            await stream.send_all(b"HTTP/1.1 503 No\r\nContent-Length: 0\r\n\r\n")
+            return
+        with trio.move_on_after(chance.random() * 0.2):
+            try:
+                async with trio.open_nursery() as nursery:
+                    request = await trio_websocket.wrap_server_stream(nursery, stream)
+                    websocket = await request.accept()
+                    for _ in range(chance.randrange(60)):
+                        message = await websocket.get_message()
+                        arrived.append(str(message))
+                        await websocket.send_message(message)
+                    await websocket.aclose(4000, "enough")
+                    nursery.cancel_scope.cancel()
+            except* (trio_websocket.ConnectionClosed, wsproto.utilities.ProtocolError):
+                pass
+
+    events: list[Any] = []
+    sent: set[str] = set()
+
+    async def use(socket: PartySocket) -> None:
+        async def read() -> None:
+            while True:
+                async for event in socket.events():
+                    events.append(event)  # noqa: PERF401 - others look at what has come so far
+                await trio.sleep(0.002)  # closed: until somebody reconnects
+
+        async def order() -> None:
+            while True:
+                await trio.sleep(chance.random() * 0.03)
+                if chance.random() < 0.5:
+                    with trio.move_on_after(chance.random() * 0.01):
+                        await socket.close(4001)
+                socket.reconnect()
+
+        async def send(name: str) -> None:
+            for number in itertools.count():
+                with trio.move_on_after(chance.random() * 0.02), contextlib.suppress(SocketClosed):
+                    await socket.send(f"{name} {number}")
+                    sent.add(f"{name} {number}")
+                await trio.sleep(0.001)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            nursery.start_soon(order)
+            nursery.start_soon(send, "a")
+            nursery.start_soon(send, "b")
+            while sum(isinstance(event, Opened) for event in events) < 25 or len(arrived) < 100:
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+
+    async def main() -> None:
+        quick = {"connect_timeout_seconds": 0.5, "close_timeout_seconds": 0.1}
+        async with server(handler) as host:
+            async with PartySocket(host, "x", **FAST, **quick) as socket:  # type: ignore[arg-type]
+                await use(socket)
+
+    run(main, 3 * DEADLINE_SECONDS)
+    assert set(arrived) <= sent
+    echoes = [event for event in events if isinstance(event, str)]
+    for messages in (arrived, echoes):
+        for name in "ab":
+            numbers = [int(text[2:]) for text in messages if text[0] == name]
+            assert numbers == sorted(set(numbers))
+    kinds = [type(event) for event in events if not isinstance(event, str)]
+    assert kinds == [(Opened, Closed)[number % 2] for number in range(len(kinds))]
 
 
 FRAMES = {
@@ -875,6 +998,9 @@ def test_use_outside_of_its_block(app: BrokerProcess) -> None:
                 again()
         with pytest.raises(RuntimeError, match="entered once"):
             async with socket:
+                pass
+        with pytest.raises(broker.client.AddressError, match="neither room nor base_path"):
+            async with PartySocket("localhost:1"):
                 pass
 
     run(main)

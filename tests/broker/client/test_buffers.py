@@ -1,6 +1,7 @@
 """What waits to be sent, and to be read."""
 
 import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -95,6 +96,7 @@ class SendBufferMachine(RuleBasedStateMachine):
 
 
 TestSendBuffer = SendBufferMachine.TestCase
+TestSendBuffer.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @pytest.mark.parametrize(("count", "full"), [(2, False), (3, True), (4, True)])

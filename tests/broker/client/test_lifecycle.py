@@ -175,7 +175,7 @@ class LifecycleMachine(RuleBasedStateMachine):
 
 
 TestLifecycle = LifecycleMachine.TestCase
-TestLifecycle.settings = settings(max_examples=100, stateful_step_count=40)
+TestLifecycle.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 @pytest.mark.parametrize(
