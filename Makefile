@@ -19,7 +19,7 @@ help:
 	@echo "make bench   set up and run the benchmarks"
 	@echo "make check   lint (ruff, flake8-async) and types (mypy strict)"
 	@echo "make format  let ruff format and sort imports"
-	@echo "make tools   install Chromium, nginx, strace and the Node packages that tests use (root, Debian)"
+	@echo "make tools   install Chromium, nginx, openssl, strace and the Node packages of the tests (root, Debian)"
 	@echo "make lock    resolve requirements*.txt anew"
 	@echo "make clean   remove what the above made"
 
