@@ -5,6 +5,7 @@
     host.py       the process that runs room code
     gateway/      the process that owns sockets
     cli/          the command line
+    client/       the Python client, which is imported as `broker.client` alone
     demo/         the app of `broker demo`
 
 The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,

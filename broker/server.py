@@ -58,8 +58,9 @@ class Server:
     hibernate: ClassVar[bool] = True
     """Whether the object may go while connections are open. False: it stays until the last one has left
     (S6)."""
-    concurrency: ClassVar[Literal["serial"]] = "serial"
-    """How turns of one room overlap: not at all (S19)."""
+    concurrency: ClassVar[Literal["serial", "per_connection", "interleave"]] = "serial"
+    """How turns of one room may overlap where one waits: not at all; those of different connections, and
+    requests; or all. Messages of one connection always begin, and take effect, in their order (S19)."""
     subprotocols: ClassVar[tuple[str, ...] | list[str]] = ()
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
     cors: ClassVar[bool | Mapping[str, str]] = False
@@ -77,6 +78,7 @@ class Server:
     state_bytes_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
+    background_max: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]

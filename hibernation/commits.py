@@ -26,7 +26,7 @@ from cbor2 import dumps
 from hibernation import wire
 from hibernation.cells import Batch, Cell
 from hibernation.logs import get_logger
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Turn
 from storage.blame import BlameBatch
 from storage.errors import CommitRefused
 from storage.shards import Row, Shard, ShardBatch
@@ -84,7 +84,22 @@ class Commits:
     @property
     def idle(self) -> bool:
         """Whether nothing waits for the disk."""
-        return self._committing is None and not (self._forming.results or self._forming.after)
+        forming = self._forming
+        return self._committing is None and not (forming.results or forming.after or forming.lasting)
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest batch that anything waits for; 0: nothing waits."""
+        forming = self._forming
+        if forming.results or forming.after or forming.lasting:
+            return forming.number
+        committing = self._committing
+        return 0 if committing is None else committing.number
+
+    def has_ended(self, number: int) -> bool:
+        """Whether the batch with this number, and all before it, are on disk."""
+        committing = self._committing
+        return self._forming.number > number and (committing is None or committing.number > number)
 
     @property
     def writing(self) -> bool:
@@ -97,9 +112,8 @@ class Commits:
         committing = self._committing
         return self._forming.bytes + (committing.bytes if committing is not None else 0)
 
-    def stage(self, cell: Cell, room: Room) -> None:
+    def stage(self, cell: Cell, turn: Turn) -> None:
         """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
-        storage = room.storage
         forming = self._forming
         index = cell.shard
         if index < 0:
@@ -107,18 +121,20 @@ class Commits:
         batch = forming.shards.get(index)
         if batch is None:
             batch = forming.shards[index] = ShardBatch()
-        if storage._cleared:
+        if turn.cleared:
             batch.clear(cell.key)
             cell.pending.clear()
-            cell.pending_cleared = room._pending_cleared = True
-            storage._cleared = False
-        for name, blob in storage._writes.items():
-            if blob is None:
-                batch.delete(cell.key, name)
-            else:
-                batch.put(cell.key, name, blob)
-        cell.pending.update(storage._writes)
-        storage._writes.clear()
+            cell.pending_cleared = True
+            assert cell.room is not None
+            cell.room._pending_cleared = True
+        writes = turn.writes
+        if writes is not None:
+            for name, blob in writes.items():
+                if blob is None:
+                    batch.delete(cell.key, name)
+                else:
+                    batch.put(cell.key, name, blob)
+            cell.pending.update(writes)
         cell.gate = forming.number
         forming.cells.add(cell)
 
@@ -139,10 +155,23 @@ class Commits:
         if edits:
             batch.edits.extend(edits)
 
-    def after(self, cell: Cell, action: Callable[[], None]) -> None:
-        """Call `action` when the newest writes of the room are on disk; now, if they are."""
+    def must_store(self, cell: Cell) -> None:
+        """The result that the room holds next is to be on disk before it leaves, whether or not its turn
+        wrote.
+        """
+        if cell.shard < 0:
+            cell.shard = self.shard_of(cell.key)
+        self._forming.shards.setdefault(cell.shard, ShardBatch())
+        cell.gate = self._forming.number
+        self._forming.cells.add(cell)
+
+    def after(self, cell: Cell, action: Callable[[], None], *, lasting: bool = False) -> None:
+        """Call `action` when the newest writes of the room are on disk; now, if they are. Not, if the gateway
+        goes before, unless it is `lasting`.
+        """
         if cell.gate:
-            self._batch_of(cell).after.append(action)
+            batch = self._batch_of(cell)
+            (batch.lasting if lasting else batch.after).append(action)
         else:
             action()
 
@@ -156,9 +185,9 @@ class Commits:
         A row on disk says that its connections have come so far. What they did before without writing must
         not be lost with this process: so a batch waits until the gateway has that (`ready`).
         """
-        if self._committing is not None or not (self._forming.results or self._forming.after):
-            return
         batch = self._forming
+        if self._committing is not None or not (batch.results or batch.after or batch.lasting):
+            return
         if not self._ready(batch):
             return
         self._forming = Batch(batch.number + 1)
@@ -314,12 +343,6 @@ class Commits:
                 batch.edits.clear()
                 batch.after.clear()
 
-    def abandon(self) -> None:
-        """The turns whose commit has not begun have not been: their events are given out again. Only when no
-        room is in memory, which could have read what they wrote.
-        """
-        self._forming = Batch(self._forming.number + 1)
-
     def shard_of(self, key: str) -> int:
         """The shard that holds a room's storage."""
         return wire.partition_of(key) % self._shard_count
@@ -345,7 +368,7 @@ class Commits:
                 if cell.room is not None:
                     cell.room._pending_cleared = False
         self._released(batch)
-        for action in batch.after:
+        for action in (*batch.lasting, *batch.after):
             action()
 
     def _die(self, error: BaseException) -> None:

@@ -9,13 +9,16 @@ loads them.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast, get_args
 
 from hibernation.errors import AppError, HookError, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
 from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
 
 __all__ = ["HOOKS", "MAIN", "HookSpec", "Party", "check_class", "kebab", "make_parties"]
+
+Concurrency = Literal["serial", "per_connection", "interleave"]
+"""How turns of one room may overlap (S19)."""
 
 MAIN: Final = "main"
 """The party of `/party/ID`: the only one, or the one called Main."""
@@ -54,7 +57,7 @@ class Party:
     has_on_start: bool = False
     on_message_parameters: int = 0
     hibernate: bool = True
-    concurrency: Literal["serial"] = "serial"
+    concurrency: Concurrency = "serial"
     subprotocols: tuple[str, ...] = ()
     cors: tuple[tuple[str, str], ...] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -116,6 +119,7 @@ class Party:
             "aliases": list(self.aliases),
             "hooks": sorted(self.hooks),
             "hibernate": self.hibernate,
+            "concurrency": self.concurrency,
             "subprotocols": list(self.subprotocols),
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
@@ -211,12 +215,13 @@ def _hibernate(server: type[Any]) -> bool:
     raise SettingError(_source(owner, "hibernate", value), "give True or False", given=value)
 
 
-def _concurrency(server: type[Any]) -> Literal["serial"]:
+def _concurrency(server: type[Any]) -> Concurrency:
     owner, value = find(server, "concurrency")
-    if value == "serial":
-        return "serial"
+    for allowed in get_args(Concurrency):
+        if value == allowed:
+            return cast(Concurrency, allowed)
     raise SettingError(
-        _source(owner, "concurrency", value), 'give "serial", the only one available', given=value
+        _source(owner, "concurrency", value), 'give "serial", "per_connection" or "interleave"', given=value
     )
 
 

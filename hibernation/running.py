@@ -28,6 +28,7 @@ from storage.errors import DataDirectoryError
 
 __all__ = [
     "ASKING",
+    "FAILED",
     "OTHER",
     "REPLAY",
     "REPLAYING",
@@ -55,6 +56,8 @@ CLOSING: Final = -2
 
 #: An event of the host's own, behind those of the link: key, dead letter, who is told of its end.
 REPLAY: Final = 100
+#: Another: key, what background work of the room has raised.
+FAILED: Final = 110
 
 MAGIC: Final = 0x62726B_72756E_01
 """Says that this is such a file, and of which version."""

@@ -387,6 +387,14 @@ class Settings:
         scope="room",
         rules=("S20",),
     )
+    background_max: int = _count(
+        64,
+        0,
+        100_000,
+        "Pieces of background work of one room that have not ended.",
+        scope="room",
+        rules=("S7",),
+    )
     turns_per_room_burst: int = _count(
         64, 1, 100_000, "Turns that a room gets in a row before the next room's.", rules=("S24",)
     )

@@ -54,6 +54,7 @@ from broker.gateway.rooms import RoomRecord, Rooms
 from broker.gateway.succession import Succession
 from hibernation import wire
 from hibernation.configuration import GatewayConfig, report
+from hibernation.keeper_messages import SLOTS_MAX
 from hibernation.keeping import KeeperClient, KeeperGone, Kept
 from hibernation.logs import get_logger
 from hibernation.memory import Trimmer
@@ -78,6 +79,9 @@ SETTLE_SECONDS = 3.0
 FREEZE_SECONDS = 0.5
 #: Slots beyond those that sockets can be in: connections whose close turn has not ended.
 SLOTS_BESIDE = 4096
+#: Where the number of files is not limited, this bounds connections; the keeper needs slots beyond them for
+#: those whose request has not been decided.
+LEDGER_SLOTS_MAX = SLOTS_MAX // 2
 #: A tick makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
 #: default.
 GC_THRESHOLDS = (20_000, 20, 50)
@@ -104,7 +108,7 @@ class Gateway:
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            ledger = Ledger.create(2 * most + len(rows) + SLOTS_BESIDE)
+            ledger = Ledger.create(min(2 * most + len(rows) + SLOTS_BESIDE, LEDGER_SLOTS_MAX))
             for name, descriptor in ledger.descriptors.items():
                 keeper.pin(name, descriptor)
         self.ledger = ledger
@@ -324,8 +328,7 @@ class Gateway:
         self._trimmer.each_second(self.inbox.messages + self.lifecycle.accepted)
         if self._registry_failed:
             self._registry_failed = False
-        if self._ready_reported:
-            report(self.config.status_fd, "beat")
+        report(self.config.status_fd, "beat")
 
     def _store(self, batch: RegistryBatch) -> None:
         """Give what the ticks have gathered to the writer thread, as one transaction."""

@@ -167,14 +167,15 @@ class Effects:
 
     def _execute(self, effects: list[list[Any]]) -> None:
         """Carry out the effects of one turn, in their order."""
-        table, sender, header = self._connections, self._sender, self._header
+        table, sender, header, lifecycle = self._connections, self._sender, self._header, self._lifecycle
         for effect in effects:
             header[CURSOR] = sender.effect = sender.effect + 1
             kind = effect[0]
             if kind == wire.SEND:
                 _, slot, number, data = effect
                 if table.holds(slot, number) and (
-                    table.phase[slot] <= OPEN or (table.phase[slot] == ENDING and self._rooms.is_linked(slot))
+                    (table.phase[slot] <= OPEN and not (lifecycle.reopened and lifecycle.has_ended(slot)))
+                    or (table.phase[slot] == ENDING and self._rooms.is_linked(slot))
                 ):
                     sender.send(slot, encode_message(data))
                 else:

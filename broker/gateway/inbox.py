@@ -58,6 +58,8 @@ from hibernation import wire
 from hibernation.logs import get_logger
 from hibernation.settings import Settings
 
+#: Where turns of a room overlap a connection may have this part of the room's events in flight.
+SHARE: Final = 8
 #: Peeked at once: more than the kernel keeps with SO_RCVBUF at its default setting.
 PEEK_BYTES: Final = 512 * 1024
 #: Unfinished messages of so many bytes in the kernel are looked at again after so long.
@@ -155,10 +157,13 @@ class Inbox:
         position = table.parsed[slot] - consumed
         last_end = table.last_end[slot]
         inflight = last_end - consumed if last_end > consumed else 0
+        events_max = room.events_max
+        if room.party.overlaps:
+            events_max = self._share(slot, room)
         if (
             link is None
             or inflight >= self._inflight_bytes_max
-            or room.inflight_events >= room.events_max
+            or room.inflight_events >= events_max
             or room.inflight_bytes >= room.bytes_max
             or link.inflight_bytes >= link.bytes_max
         ):
@@ -187,7 +192,7 @@ class Inbox:
                 data, position = taken
                 if wants:
                     self._dispatch(slot, room, link, consumed + position, data)
-                    if position >= self._inflight_bytes_max or room.inflight_events >= room.events_max:
+                    if position >= self._inflight_bytes_max or room.inflight_events >= events_max:
                         deferred = position < end
                         break
                 continue
@@ -230,7 +235,7 @@ class Inbox:
             if reading.reader.idle:
                 reading = None
                 if table.last_end[slot] == consumed + position and (
-                    position >= self._inflight_bytes_max or room.inflight_events >= room.events_max
+                    position >= self._inflight_bytes_max or room.inflight_events >= events_max
                 ):
                     deferred = position < end
                     break
@@ -326,6 +331,8 @@ class Inbox:
     def _dispatch(self, slot: int, room: RoomRecord, link: HostLink, end: int, data: str | bytes) -> None:
         table = self._connections
         room.inflight_events += 1
+        if room.shares is not None:
+            room.shares[slot] = room.shares.get(slot, 0) + 1
         self.messages += 1
         table.last_end[slot] = end
         states = self.states
@@ -341,6 +348,14 @@ class Inbox:
                 data,
             ]
         )
+
+    def _share(self, slot: int, room: RoomRecord) -> int:
+        """Events of the room in flight up to which this connection may add to them."""
+        shares = room.shares
+        if shares is None:
+            shares = room.shares = {}
+        left = max(room.events_max // SHARE, 1) - shares.get(slot, 0)
+        return min(room.events_max, room.inflight_events + left)
 
     def _defer(self, slot: int, room: RoomRecord, link: HostLink | None) -> None:
         """Leave a connection's data for later: until its own, its room's or its link's next
@@ -367,6 +382,10 @@ class Inbox:
         link = self._links.by_shard[room.shard]
         room.inflight_events -= 1
         flags = table.flags
+        if room.shares is not None:
+            left = room.shares.pop(slot, 1) - 1
+            if left > 0:
+                room.shares[slot] = left
         if end >= table.last_end[slot]:
             target = table.parsed[slot]
             if flags[slot] & PARTIAL:
@@ -382,8 +401,11 @@ class Inbox:
         if target > table.consumed[slot]:
             self._consume(slot, target, room, link)
         if flags[slot] & DEFERRED:
-            flags[slot] &= ~DEFERRED
-            self.pump(slot)
+            if room.waiting and room.shares is not None:
+                room.wait(slot)  # behind those that wait already
+            else:
+                flags[slot] &= ~DEFERRED
+                self.pump(slot)
         if room.waiting:
             self.resume_waiting(room)
         if link is not None and link.waiting:
@@ -534,6 +556,9 @@ class Inbox:
 
     def drop(self, slot: int) -> None:
         """The connection has ended."""
+        room = self._connections.room[slot]
+        if room is not None and room.shares is not None:
+            room.shares.pop(slot, None)
         self._drop_reading(slot)
         self.states.pop(slot, None)
 

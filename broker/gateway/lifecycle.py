@@ -16,7 +16,8 @@ Invariants:
     F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
         last message's
     F3  the socket is open as long as a turn of one of its messages may have to be run again
-    F4  a Close of ours, and with it how the connection ends, is in the ledger's log before it is sent
+    F4  how a connection ends is in the ledger's log before a Close of ours is sent, and before anything is
+        kept from it because its client has gone: so no successor sends again, behind a gap
 """
 
 import contextlib
@@ -439,9 +440,16 @@ class Lifecycle:
     def gone(self, slot: int) -> None:
         """The peer has ended its side without a Close, or the connection has failed."""
         if self._connections.phase[slot] in (OPEN, CONNECTING):
-            self._end(slot, Ending(1006, "", False, "client_gone", answered=True))
+            self._lost(slot, "client_gone")
         elif self._connections.phase[slot] == CLOSING:
             self._end(slot, self._endings[slot])
+
+    def _lost(self, slot: int, cause: str) -> None:
+        """From here on nothing is sent to the connection (F4)."""
+        ending = Ending(1006, "", False, cause, answered=True)
+        self._ledger.add(ENDING_RECORD, slot, self._connections.number[slot], ENDING, ending.encode())
+        self._ledger.commit()
+        self._end(slot, ending)
 
     def failed(self, slot: int, cause: str) -> None:
         """Sending does not work: the client has gone, or reads too slowly (S25).
@@ -631,6 +639,11 @@ class Lifecycle:
         else:
             self._end_again(slot)
 
+    def has_ended(self, slot: int) -> bool:
+        """Whether nothing may be sent to the connection any more, though its turns may have to run again."""
+        ending = self._endings.get(slot)
+        return ending is not None and ending.answered
+
     def _end_again(self, slot: int) -> None:
         """A connection that was ending when its host died has been read again up to there."""
         table = self._connections
@@ -697,6 +710,7 @@ class Lifecycle:
             if room.shard in shards:
                 room.inflight_events = 0
                 room.inflight_bytes = 0
+                room.shares = None
                 room.waiting = None
         for slot in range(len(table)):
             room_of_slot = table.room[slot]
@@ -770,7 +784,7 @@ class Lifecycle:
                 if slot not in self._probes:
                     flags[slot] &= ~PINGED
             elif age >= dead:
-                self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
+                self._lost(slot, "ping_timeout")
 
     def _has_acknowledged(self, slot: int) -> bool:
         """Whether the peer's TCP has taken all that we sent, our ping included."""

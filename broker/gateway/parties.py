@@ -18,6 +18,7 @@ class PartyView:
     name: str
     settings: Settings
     hibernate: bool
+    overlaps: bool
     subprotocols: tuple[str, ...]
     cors: tuple[tuple[str, str], ...] | None
     wants_before_connect: bool
@@ -38,6 +39,7 @@ class PartyView:
             name=description["name"],
             settings=settings,
             hibernate=description["hibernate"],
+            overlaps=description.get("concurrency", "serial") != "serial",
             subprotocols=tuple(description["subprotocols"]),
             cors=None if cors is None else tuple((name, value) for name, value in cors),
             wants_before_connect="on_before_connect" in hooks,

@@ -40,6 +40,7 @@ class RoomRecord:
         "last",
         "party",
         "shard",
+        "shares",
         "tags",
         "waiting",
     )
@@ -60,6 +61,9 @@ class RoomRecord:
         #: Events given to the host and not acknowledged, and the bytes of their frames (S24).
         self.inflight_events = 0
         self.inflight_bytes = 0
+        #: By slot: events in flight, in a room whose turns may overlap; there one connection's must not take
+        #: all the room that there is.
+        self.shares: dict[int, int] | None = None
         #: Slots that have data which had to wait for either; None mostly.
         self.waiting: deque[int] | None = None
         #: Made by the first question about tags while there are more than SCANNED_MAX members.

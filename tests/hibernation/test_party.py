@@ -153,8 +153,8 @@ def test_server_declares_no_setting_that_rooms_cannot_have():
     [
         ("hibernate", 1, "give True or False, not 1"),
         ("hibernate", "False", "give True or False"),
-        ("concurrency", "interleave", 'give "serial", the only one available'),  # S19
-        ("concurrency", "per_connection", 'give "serial", the only one available'),
+        ("concurrency", "parallel", 'give "serial", "per_connection" or "interleave"'),  # S19
+        ("concurrency", ["serial"], 'give "serial", "per_connection" or "interleave"'),
         ("subprotocols", "chat", "tuple or list"),  # S17
         ("subprotocols", ["chat v2"], "without spaces"),
         ("subprotocols", ("chat\r\nX: y",), "without spaces"),
@@ -219,6 +219,7 @@ def test_a_gateway_is_told_in_plain_values():
         "aliases": ["main"],
         "hooks": ["on_message"],
         "hibernate": True,
+        "concurrency": "serial",
         "subprotocols": ["v1"],
         "cors": [["A", "b"]],
         "settings": {"origins": ["https://a.example"]},

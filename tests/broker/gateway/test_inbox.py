@@ -51,7 +51,15 @@ class FakeHost(HostLink):
 class Rig:
     """An inbox with what stands around it, without hub and lifecycle."""
 
-    def __init__(self, folder: Path, *, rooms: int = 2, wants_message: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rooms: int = 2,
+        wants_message: bool = True,
+        overlaps: bool = False,
+        **options: Any,
+    ) -> None:
         options.setdefault("message_bytes_max", 64 * 1024)
         self.settings = Settings(**options)
         self.table = Connections()
@@ -61,6 +69,7 @@ class Rig:
             settings=self.settings,
             message_bytes_max=self.settings.message_bytes_max,
             wants_message=wants_message,
+            overlaps=overlaps,
         )
         self.rooms = [RoomRecord(f"main/{number}", party, 0) for number in range(rooms)]
         self.epoll = epoll()
@@ -182,7 +191,7 @@ class Rig:
         self.links.by_shard[0] = None
         for room in self.rooms:
             room.inflight_events = room.inflight_bytes = 0
-            room.waiting = None
+            room.waiting = room.shares = None
         for slot in range(len(self.table)):
             if self.table.phase[slot] == OPEN:
                 self.inbox.forget_in_flight(slot)
@@ -227,6 +236,9 @@ class Rig:
             return
         table = self.table
         assert sum(room.inflight_events for room in self.rooms) == len(self.host.items)
+        for room in self.rooms:
+            if room.shares is not None:
+                assert sum(room.shares.values()) == room.inflight_events
         for room in self.rooms:
             slots = [slot for slot in range(len(table)) if table.room[slot] is room]
             assert room.inflight_bytes == sum(
@@ -288,6 +300,7 @@ class InboxMachine(RuleBasedStateMachine):
     folder: Path
     count = 0
     clogged = False
+    overlaps = False
 
     @initialize()
     def start(self):
@@ -299,6 +312,7 @@ class InboxMachine(RuleBasedStateMachine):
             room_inflight_bytes_max=16 * 1024,
             link_inflight_bytes_max=64 * 1024,
             inbox_bytes_max=8192,
+            overlaps=self.overlaps,
         )
         if self.clogged:
             self.rig.inbox._is_clogged = lambda slot: True  # type: ignore[method-assign]
@@ -426,6 +440,40 @@ def test_nothing_is_lost_where_every_part_is_spilled(tmp_path):
     """S24: the same from files."""
     CloggedMachine.folder = tmp_path
     CloggedMachine.TestCase("runTest").runTest()
+
+
+class OverlappingMachine(InboxMachine):
+    """The same where turns of a room overlap, so that each connection has a share of what is in flight."""
+
+    overlaps = True
+
+
+OverlappingMachine.TestCase.settings = InboxMachine.TestCase.settings
+
+
+def test_nothing_is_lost_where_turns_overlap(tmp_path):
+    """S19, S24: the same with shares."""
+    OverlappingMachine.folder = tmp_path
+    OverlappingMachine.TestCase("runTest").runTest()
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_where_turns_overlap_no_connection_takes_all_that_may_be_in_flight(rig, cut):
+    """S19, S24: an eighth of the room's; as its own are acknowledged more of it come."""
+    rig = rig(room_inflight_events_max=24, overlaps=True)
+    slots = [rig.connect() for _ in range(2)]
+    rig.send(slots[0], fragments(cut, 1) * 100)
+    while rig.poll(0.05):
+        pass
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 3
+    rig.send(slots[1], fragments(cut, 1) * 2)
+    while rig.poll(0.05):
+        pass
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 3 + [slots[1]] * 2
+    rig.handle(1)
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 2 + [slots[1]] * 2 + [slots[0]]
+    rig.settle()
+    assert [len(rig.handled[slot]) for slot in slots] == [100, 2]
 
 
 def test_a_part_of_a_frame_does_not_shut_the_window(rig):

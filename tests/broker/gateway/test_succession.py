@@ -711,6 +711,43 @@ def test_any_script_and_kills(
     play(tmp_path_factory.mktemp("world"), script, tuple(kills))
 
 
+@pytest.mark.parametrize("dies", ["gateway", "host"])
+def test_nothing_is_sent_behind_a_gap(tmp_path: Path, dies: str) -> None:
+    """S22: who has ended his side gets no answers, also from those who run his other messages again."""
+    world = World(tmp_path)
+    try:
+        world.connect()
+        world.turns([])
+        world.message(1, 20)
+        world.message(1, 20)
+        world.leave(1, "end")
+        world.flow()
+        slot = world.slots[1]
+
+        def answer() -> None:
+            assert world.gateway.host is not None
+            event = world.gateway.host.events.popleft()
+            assert event[0] == wire.MESSAGE
+            world.say([[wire.TURN, slot, 1, event[6], [[wire.SEND, slot, 1, "an answer"]]]])
+
+        answer()
+        if dies == "gateway":
+            world.succeed()
+        else:
+            assert world.gateway.host is not None
+            world.gateway.lifecycle.host_gone(world.gateway.host)
+            world.relink()
+        world.flow()
+        answer()
+        world.flow()
+        assert world.received[1] == ANSWER
+        assert world.gateway.host is not None
+        [ended] = world.gateway.host.events
+        assert (ended[0], ended[9]) == (wire.CLOSE, "client_gone")
+    finally:
+        world.end()
+
+
 def test_several_deaths_in_a_row(tmp_path: Path) -> None:
     """S34: the second successor finds what the first one found, and what that had done."""
     chance = random.Random(5)
