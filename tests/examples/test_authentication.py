@@ -69,29 +69,31 @@ def test_whoever_has_signed_in_is_who_they_are(house: BrokerProcess, room: str) 
         assert receive(his) == {"from": "ana", "text": "bye"}
 
 
-def forged() -> list[str]:
+def forged(name: str) -> str:
     future, past = int(time.time()) + 1000, int(time.time()) - 1
     good = app.sign(f"ana.{future}", KEY)
-    return [
-        "",
-        ".",
-        "..",
-        "ana",
-        app.sign(f"ana.{past}", KEY),
-        app.sign(f"ana.{future}", "another key"),
-        f"ana.{future}.",
-        f"ben{good[3:]}",
-        good.replace(str(future), str(future + 1)),
-        good[:-1],
-        good.upper(),
-        "9" * 8000,
-        "ä.1.ö",
-    ]
+    return {
+        "empty": "",
+        "no seal": "ana",
+        "dots": "..",
+        "over": app.sign(f"ana.{past}", KEY),
+        "another key": app.sign(f"ana.{future}", "another key"),
+        "empty seal": f"ana.{future}.",
+        "another name": f"ben{good[3:]}",
+        "another end": good.replace(str(future), str(future + 1)),
+        "short": good[:-1],
+        "other case": good.upper(),
+        "long": "9" * 8000,
+        "not ascii": "ä.1.ö",
+    }[name]
 
 
-@pytest.mark.parametrize("token", forged())
-def test_no_other_token_opens(house: BrokerProcess, room: str, token: str) -> None:
-    cookie = f"session={token}"
+FORGED = ["empty", "no seal", "dots", "over", "another key", "empty seal", "another name", "another end"]
+
+
+@pytest.mark.parametrize("name", [*FORGED, "short", "other case", "long", "not ascii"])
+def test_no_other_token_opens(house: BrokerProcess, room: str, name: str) -> None:
+    cookie = f"session={forged(name)}"
     assert refused(house, f"/party/{room}", {"cookie": cookie}, 401).body == b"sign in first\n"
     answer = httpx.get(house.url(f"/party/{room}"), headers={b"cookie": cookie.encode()})
     assert (answer.status_code, answer.text) == (401, "sign in first\n")
