@@ -11,12 +11,14 @@ event may still carry.
 
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
 from cbor2 import loads
 
 from hibernation import wire
+from hibernation.auto_responses import AutoResponse
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.settings import Settings
 from storage.shards import key_bytes
@@ -284,6 +286,13 @@ class Connection:
         self._touch()
         self._closed = True
         effects.append([wire.SHUT, self._slot, self._number, code, reason])
+
+    async def auto_response_at(self) -> datetime | None:
+        """When the gateway last answered this client by itself, in UTC; None: never. Asks the gateway."""
+        answered_ms = await self._room._host.ask_gateway(
+            self._room.key, "answered", [self._slot, self._number]
+        )
+        return None if answered_ms is None else datetime.fromtimestamp(answered_ms / 1000, UTC)
 
     def _touch(self) -> None:
         """Before the first change of a turn, remember what was there; the turn's end forgets or uses it."""
@@ -715,6 +724,32 @@ class Room:
                 count += 1
             return count
         return int(await self._host.ask_gateway(self.key, "count", criteria))
+
+    def set_auto_response(
+        self, request: str | bytes, reply: str | bytes | None, *, prefix: bool = False
+    ) -> None:
+        """Have the gateway answer a message by itself from now on, for every connection of this room: no
+        room wakes, and no hook sees the message.
+
+        Kept for ever, over hibernation, new code and restarts, until it is taken away. It goes before the
+        party's own `auto_responses`. Of more than auto_responses_max [16] the one that was set first goes.
+
+        Args:
+            request: What is answered: str or bytes, at most 2,048 bytes.
+            reply: What with: str or bytes, at most 2,048 bytes. None takes the rule away.
+            prefix: Whether a message may go on behind the request, which must not be empty then.
+
+        Raises:
+            TypeError, ValueError: No such request or reply.
+            LimitExceeded: One of more than 2,048 bytes.
+        """
+        effects = self._staging()
+        rule = AutoResponse(request, "" if reply is None else reply, prefix)
+        self._count(_size(rule.request) + _size(rule.reply))
+        kept = None if reply is None else rule.reply
+        effects.append(
+            [wire.AUTO, self.key, rule.request, kept, rule.prefix, self._settings.auto_responses_max]
+        )
 
     def hibernate(self) -> None:
         """Ask to be evicted at the end of this turn, whatever idle_seconds says."""

@@ -43,6 +43,7 @@ from broker.gateway.connections import (
     GONE,
     INTRODUCED,
     OPEN,
+    PHASE,
     PINGED,
     STORING,
     Connections,
@@ -50,8 +51,8 @@ from broker.gateway.connections import (
 from broker.gateway.frames import encode_close, encode_ping, encode_pong
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT, EPOLLPRI, Hub
 from broker.gateway.inbox import Inbox
+from broker.gateway.ledger import ANSWERS, FORGOTTEN, NEWCOMER, STATE, TAGS, Record, rules_record
 from broker.gateway.ledger import ENDING as ENDING_RECORD
-from broker.gateway.ledger import FORGOTTEN, NEWCOMER, STATE, TAGS, Record
 from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import SLOW, Sender
 from broker.gateway.recovery import Position, Remains, cookie, position
@@ -154,6 +155,8 @@ class Lifecycle:
         self.reopened = False
         self.draining = False
         self.accepted = 0
+        #: Automatic responses that were given.
+        self.answers = 0
         self._going_in: list[tuple[int, Position]] = []
         #: Connections whose outgoing stream nobody could mend after a gateway's death.
         self.torn = 0
@@ -161,6 +164,7 @@ class Lifecycle:
         # Set by the doors: what becomes of a newcomer whose id was taken, when the other lives or is dead.
         self.on_duplicate: Callable[[int], None]
         self.on_vacant: Callable[[int], None]
+        inbox.on_answer = self.answer
         inbox.on_ping = self.ping_came
         inbox.on_close_frame = self.close_frame_came
         inbox.on_violation = self.violated
@@ -265,6 +269,12 @@ class Lifecycle:
         self._ledger.commit()
         party, _, room_id = room.key.partition("/")
         self.batch.tags(number, party, room_id, wire.blob_tags(blob))
+
+    def keep_rules(self, key: str, rules: bytes | None) -> None:
+        """A room has changed its automatic responses; as the registry has them, None: none are left."""
+        self._ledger.add(*rules_record(key, rules))
+        self._ledger.commit()
+        self.batch.auto_responses[key] = rules
 
     def committed(self, stored: list[tuple[int, int]]) -> None:
         """Rows are on disk: answer 101, and let the connect turns begin."""
@@ -413,6 +423,16 @@ class Lifecycle:
         """
         if self._sender.waiting_bytes(slot) < 64 * 1024:
             self._sender.say(slot, encode_pong(payload))
+
+    def answer(self, slot: int, frame: bytes, end: int) -> None:
+        """Send the automatic response to the message that ends at `end`; nothing before it is in flight
+        (S16).
+        """
+        self.answers += 1
+        ledger = self._ledger
+        ledger.header[ANSWERS] = 1
+        ledger.answered[slot] = int(time() * 1000)
+        self._sender.say(slot, frame, end)
 
     def close_frame_came(self, slot: int, code: int, reason: str) -> None:
         """The peer's Close: answered when the turns before it are acknowledged (S14)."""
@@ -830,7 +850,7 @@ class Lifecycle:
         here = position(sock, ledger.base[slot] + ledger.consumed[slot])
         blob = remains.tags.get(number)
         card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags) if blob is None else blob)
-        phase, introduced = ledger.phase[slot] & ~INTRODUCED, ledger.phase[slot] & INTRODUCED
+        phase, introduced = ledger.phase[slot] & PHASE, ledger.phase[slot] & INTRODUCED
         table.take_over(slot, sock, room, card, self._hub.second)
         table.written[slot] = here.written
         self._take_position(slot, here)
@@ -857,6 +877,9 @@ class Lifecycle:
             return
         self._rooms.link(slot)
         self._inbox.adopt_spill(slot)
+        answered = remains.answered.get(number)
+        if answered is not None:
+            self._inbox.settle_answered(slot, answered)
         self._hub.park(sock.fileno())
         frames, offset, torn = remains.pending(number, here.written)
         if frames or number in remains.shut:

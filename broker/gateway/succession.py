@@ -18,7 +18,7 @@ before anything else does.
 import socket
 from collections.abc import Callable
 
-from broker.gateway.connections import CLOSED, INTRODUCED, Connections
+from broker.gateway.connections import CLOSED, PHASE, Connections
 from broker.gateway.effects import Effects
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH
@@ -67,6 +67,7 @@ class Succession:
         table, ledger = self._connections, self._ledger
         table.restore()
         effect = ledger.in_doubt
+        self._effects.restore_rules(self._remains.rules)
         by_number = {row.number: row for row in rows}
         for number in self._remains.forgotten:
             if by_number.pop(number, None) is not None:
@@ -78,7 +79,7 @@ class Succession:
         for slot in list(sockets):
             self._end(slot, sockets)
         self._inbox.forget_spills()
-        self._effects.resume()
+        self._effects.resume(self._remains.encoded)
         for slot in self._sender.settle():
             log.error("a torn frame could not be mended", number=table.number[slot])
             self._lifecycle.torn += 1
@@ -97,7 +98,7 @@ class Succession:
             sock = None
         if row is None:
             self._connections.abandon(slot)
-        elif sock is None or ledger.phase[slot] & ~INTRODUCED == CLOSED:
+        elif sock is None or ledger.phase[slot] & PHASE == CLOSED:
             self._lifecycle.survived(row, self._room_of(row), self._remains, slot)
         else:
             del sockets[slot]

@@ -144,7 +144,7 @@ def test_every_setting_of_rooms_is_declared_on_server_and_checked_when_a_class_i
 
 
 def test_server_declares_no_setting_that_rooms_cannot_have():
-    own = {"room", "hibernate", "concurrency", "subprotocols", "cors"}
+    own = {"room", "hibernate", "concurrency", "subprotocols", "auto_responses", "cors"}
     assert set(inspect.get_annotations(Server)) == own | {setting.name for setting in ROOM_SETTINGS}
 
 

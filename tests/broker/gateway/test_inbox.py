@@ -22,6 +22,7 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from broker.gateway.answers import Answers
 from broker.gateway.connections import CLOSED, ENDING, GONE, OPEN, Connections
 from broker.gateway.hub import ENDED, PARKED_EVENTS
 from broker.gateway.inbox import Inbox
@@ -51,7 +52,15 @@ class FakeHost(HostLink):
 class Rig:
     """An inbox with what stands around it, without hub and lifecycle."""
 
-    def __init__(self, folder: Path, *, rooms: int = 2, wants_message: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rooms: int = 2,
+        wants_message: bool = True,
+        answers: Answers | None = None,
+        **options: Any,
+    ) -> None:
         options.setdefault("message_bytes_max", 64 * 1024)
         self.settings = Settings(**options)
         self.table = Connections()
@@ -61,12 +70,14 @@ class Rig:
             settings=self.settings,
             message_bytes_max=self.settings.message_bytes_max,
             wants_message=wants_message,
+            answers=answers,
         )
         self.rooms = [RoomRecord(f"main/{number}", party, 0) for number in range(rooms)]
         self.epoll = epoll()
         self.clients: list[socket.socket] = []
         self.handled: list[list[str | bytes]] = []
         self.ends: list[int] = []
+        self.answered: list[tuple[int, bytes, int]] = []
         self.pings: list[tuple[int, bytes]] = []
         self.closes: list[tuple[int, int, str]] = []
         self.violations: list[tuple[int, int]] = []
@@ -75,6 +86,7 @@ class Rig:
         #: Turns of a dead host that were committed, and of which its successor will tell.
         self.ended: list[list[Any]] = []
         self.inbox.later = lambda _, action, *arguments: self.due.append((action, *arguments))
+        self.inbox.on_answer = lambda slot, frame, end: self.answered.append((slot, frame, end))
         self.inbox.on_ping = lambda slot, payload: self.pings.append((slot, payload))
         self.inbox.on_close_frame = self._close
         self.inbox.on_violation = self._violation
