@@ -146,7 +146,7 @@ class Connection:
     )
 
     #: Why the connection ended, in `on_close`: client_close, client_gone, ping_timeout, slow_consumer,
-    #: too_big, protocol_error, server_close, replaced or gateway_lost. None while it is open.
+    #: too_big, protocol_error, server_close, replaced, limit or gateway_lost. None while it is open.
     close_cause: str | None
 
     def __init__(self, room: "Room", slot: int, number: int, card: bytes, state: bytes | None) -> None:

@@ -64,6 +64,8 @@ from storage.registry import RegistryBatch, Row
 
 #: Causes of an end after which nothing reaches the client.
 UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
+#: Why a connection has ended that we have closed with these codes; with others it is a fault of protocol.
+_CAUSES: Final = {1008: "limit", 1009: "too_big"}
 #: Each connection is looked at once in so many seconds, in so many parts a second, unless they are few.
 SWEEP_SECONDS: Final = 5
 SWEEP_PARTS: Final = 10
@@ -442,7 +444,7 @@ class Lifecycle:
         """The peer broke the protocol, or sent too much: say so at once, and end (RFC 6455, section
         7.1.7).
         """
-        cause = "too_big" if code == 1009 else "protocol_error"
+        cause = _CAUSES.get(code, "protocol_error")
         phase = self._connections.phase[slot]
         if phase in (FREE, CLOSED):
             return
