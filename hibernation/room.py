@@ -732,7 +732,8 @@ class Room:
         room wakes, and no hook sees the message.
 
         Kept for ever, over hibernation, new code and restarts, until it is taken away. It goes before the
-        party's own `auto_responses`. Of more than auto_responses_max [16] the one that was set first goes.
+        party's own `auto_responses`. Of more than auto_responses_max [16], set in several turns, the one that
+        was set first goes.
 
         Args:
             request: What is answered: str or bytes, at most 2,048 bytes.
@@ -741,15 +742,30 @@ class Room:
 
         Raises:
             TypeError, ValueError: No such request or reply.
-            LimitExceeded: One of more than 2,048 bytes.
+            LimitExceeded: One of more than 2,048 bytes, or more rules in this turn than auto_responses_max.
         """
         effects = self._staging()
         rule = AutoResponse(request, "" if reply is None else reply, prefix)
+        kept, most = None if reply is None else rule.reply, self._settings.auto_responses_max
+        effect = [wire.AUTO, self.key, rule.request, kept, rule.prefix, most]
+        standing = set()
+        for each in [*effects, effect]:
+            if each[0] == wire.AUTO:
+                name = (type(each[2]), each[2], each[4])
+                if each[3] is None:
+                    standing.discard(name)
+                else:
+                    standing.add(name)
+        if len(standing) > most:
+            raise LimitExceeded(
+                "automatic responses of a room",
+                len(standing),
+                most,
+                "rules",
+                remedy="set fewer, or raise auto_responses_max",
+            )
         self._count(_size(rule.request) + _size(rule.reply))
-        kept = None if reply is None else rule.reply
-        effects.append(
-            [wire.AUTO, self.key, rule.request, kept, rule.prefix, self._settings.auto_responses_max]
-        )
+        effects.append(effect)
 
     def hibernate(self) -> None:
         """Ask to be evicted at the end of this turn, whatever idle_seconds says."""

@@ -41,7 +41,7 @@ FINAL_BLOCKS_MAX: Final = 16
 
 #: Messages above this size are sent as they are: all of a message is compressed in one go.
 COMPRESSED_BYTES_MAX: Final = 256 * 1024
-#: Level 1: the others take two to four times as long for a tenth less.
+#: Level 6, the usual one, takes three times as long for a tenth less.
 _LEVEL = 1
 
 #: RFC 6455 9.1: a token, and perhaps a value, which is a token or a quoted one.

@@ -197,10 +197,26 @@ def test_automatic_responses_are_effects_like_others(stage):
         stage.room.set_auto_response("ping", "pong")
 
 
+def test_automatic_responses_of_one_turn_are_bounded(stage):
+    """S16: at the limit; one more is an error, and nothing is staged of it."""
+    effects = stage.begin()
+    for number in range(16):
+        stage.room.set_auto_response(str(number), "x")
+    stage.room.set_auto_response("0", "again")
+    with pytest.raises(LimitExceeded, match="17 rules, and at most 16 are allowed; set fewer, or raise"):
+        stage.room.set_auto_response("16", "x")
+    assert len(effects) == 17
+    stage.room.set_auto_response("0", None)
+    stage.room.set_auto_response("16", "x")
+    with pytest.raises(LimitExceeded):
+        stage.room.set_auto_response(b"16", "x")
+    stage.room.set_auto_response("never set", None)
+
+
 def test_automatic_responses_count_as_staged(stage):
     stage.begin()
-    for number in range(stage.room._bytes_max // 4096):
-        stage.room.set_auto_response(f"{number}".ljust(2048), "x" * 2048)
+    for _ in range(stage.room._bytes_max // 4096):
+        stage.room.set_auto_response("x" * 2048, "x" * 2048)
     with pytest.raises(LimitExceeded, match="store less in one turn"):
         stage.room.set_auto_response("x", "")
 
