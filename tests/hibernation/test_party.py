@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from typing import Any
 
 import pytest
 
@@ -207,9 +208,9 @@ def test_subprotocols_keep_their_order():
 def test_automatic_responses_are_read_from_a_mapping_or_a_list():
     """S16."""
     assert Party.from_class(room()).auto_responses == ()
-    rules = {"ping": "pong", b"\x09": b"\x0a", "": "empty", "p" * 2048: "q" * 2048}
+    rules: dict[Any, Any] = {"ping": "pong", b"\x09": b"\x0a", "": "empty", "p" * 2048: "q" * 2048}
     party = Party.from_class(room(auto_responses=rules))
-    assert party.auto_responses == tuple(AutoResponse(*rule) for rule in rules.items())
+    assert party.auto_responses == tuple(AutoResponse(request, reply) for request, reply in rules.items())
     listed = [AutoResponse("a", "b"), AutoResponse("a", "c", prefix=True), AutoResponse(b"a", "d")]
     party = Party.from_class(room(auto_responses=listed))
     assert party.auto_responses == tuple(listed)
@@ -255,7 +256,8 @@ def test_what_an_automatic_response_may_not_be(arguments, error):
 
 
 def test_an_automatic_response_holds_plain_text_and_bytes():
-    rule = AutoResponse(bytearray(b"a"), memoryview(b"b"))
+    sides: list[Any] = [bytearray(b"a"), memoryview(b"b")]
+    rule = AutoResponse(*sides)
     assert rule.rule == (b"a", b"b", False)
     assert AutoResponse("\u00e9" * 1024, b"x" * 2048, prefix=True).prefix
 
