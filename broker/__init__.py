@@ -16,6 +16,7 @@ Quart takes 35 MB, and many apps use it in annotations alone.
 from typing import TYPE_CHECKING
 
 from broker.server import Server
+from hibernation.auto_responses import AutoResponse
 from hibernation.errors import (
     AppError,
     BrokerError,
@@ -42,6 +43,7 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "AutoResponse",
     "Request",
     "Response",
     "Refuse",

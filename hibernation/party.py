@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast, get_args
 
-from hibernation.errors import AppError, HookError, SettingError
+from hibernation.auto_responses import AutoResponse, read_rules, to_plain
+from hibernation.errors import AppError, HookError, LimitExceeded, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
 from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
 
@@ -25,7 +26,7 @@ MAIN: Final = "main"
 
 _ROOM_NAMES: Final = {setting.name: setting for setting in ROOM_SETTINGS}
 _INSTANCE_NAMES: Final = {setting.name: setting for setting in SETTINGS if setting.scope == "instance"}
-_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors")
+_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors", "auto_responses")
 _PLAIN: Final = (bool, int, float, str, bytes, tuple, list, set, frozenset, dict)
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
@@ -45,8 +46,8 @@ class Party:
 
     `aliases` is ("main",) where `/party/ID` leads here under another name. `hooks` are the names of the hooks
     that it defines, `specs` how each is called; `has_on_start` and `on_message_parameters` repeat what every
-    wake and every message asks of them. `cors` are the headers for its answers, or None. `overrides` are the
-    settings that stand on the class.
+    wake and every message asks of them. `auto_responses` are answered without its rooms. `cors` are the
+    headers for its answers, or None. `overrides` are the settings that stand on the class.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Party:
     hibernate: bool = True
     concurrency: Concurrency = "serial"
     subprotocols: tuple[str, ...] = ()
+    auto_responses: tuple[AutoResponse, ...] = ()
     cors: tuple[tuple[str, str], ...] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ class Party:
             hibernate=_hibernate(server),
             concurrency=_concurrency(server),
             subprotocols=_subprotocols(server),
+            auto_responses=_auto_responses(server),
             cors=_cors(server),
             overrides=_overrides(server),
         )
@@ -97,6 +100,13 @@ class Party:
         values |= self.overrides
         if values["idle_seconds"] is None:
             values["idle_seconds"] = 0.0 if self.hibernate else 10.0  # S6
+        count, most = len(self.auto_responses), values["auto_responses_max"]
+        if count > most:
+            raise SettingError(
+                f"{self.cls.__name__}.auto_responses{where(self.cls)}",
+                f"{count} rules, and at most {most} are allowed; leave some to on_message, or raise"
+                " auto_responses_max",
+            )
         try:
             return RoomSettings(hibernate=self.hibernate, **values)
         except SettingError as error:
@@ -121,6 +131,7 @@ class Party:
             "hibernate": self.hibernate,
             "concurrency": self.concurrency,
             "subprotocols": list(self.subprotocols),
+            "auto_responses": to_plain(self.auto_responses),
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
                 name: list(value) if isinstance(value, tuple) else value
@@ -178,6 +189,7 @@ def check_class(server: type[Any]) -> dict[str, HookSpec]:
     _hibernate(server)
     _concurrency(server)
     _subprotocols(server)
+    _auto_responses(server)
     _cors(server)
     _overrides(server)
     return specs
@@ -234,6 +246,16 @@ def _subprotocols(server: type[Any]) -> tuple[str, ...]:
         'give a tuple or list of names without spaces and commas, such as ("chat.v2", "chat.v1")',
         given=value,
     )
+
+
+def _auto_responses(server: type[Any]) -> tuple[AutoResponse, ...]:
+    owner, value = find(server, "auto_responses")
+    if owner is object:
+        return ()
+    try:
+        return read_rules(value)
+    except (TypeError, ValueError, LimitExceeded) as error:
+        raise SettingError(f"{owner.__name__}.auto_responses{where(owner)}", str(error)) from None
 
 
 def _cors(server: type[Any]) -> tuple[tuple[str, str], ...] | None:

@@ -13,12 +13,14 @@ room read them, and not the older ones that an event may still carry.
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
 from cbor2 import loads
 
 from hibernation import wire
+from hibernation.auto_responses import AutoResponse
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.settings import Settings
 from storage.shards import key_bytes
@@ -220,7 +222,7 @@ class Connection:
     )
 
     #: Why the connection ended, in `on_close`: client_close, client_gone, ping_timeout, slow_consumer,
-    #: too_big, protocol_error, server_close, replaced or gateway_lost. None while it is open.
+    #: too_big, protocol_error, server_close, replaced, limit or gateway_lost. None while it is open.
     close_cause: str | None
 
     def __init__(self, room: "Room", slot: int, number: int, card: bytes, state: bytes | None) -> None:
@@ -364,6 +366,13 @@ class Connection:
             return
         self._change(turn).closed = True
         turn.effects.append([wire.SHUT, self._slot, self._number, code, reason])
+
+    async def auto_response_at(self) -> datetime | None:
+        """When the gateway last answered this client by itself, in UTC; None: never. Asks the gateway."""
+        answered_ms = await self._room._host.ask_gateway(
+            self._room.key, "answered", [self._slot, self._number]
+        )
+        return None if answered_ms is None else datetime.fromtimestamp(answered_ms / 1000, UTC)
 
     def _edit(self) -> Edit | None:
         """What the running turn has changed here."""
@@ -845,6 +854,49 @@ class Room:
         beginning. While there is no gateway it waits for the next.
         """
         await self._host.flush(self._staging())
+
+    def set_auto_response(
+        self, request: str | bytes, reply: str | bytes | None, *, prefix: bool = False
+    ) -> None:
+        """Have the gateway answer a message by itself from now on, for every connection of this room: no
+        room wakes, and no hook sees the message.
+
+        Kept for ever, over hibernation, new code and restarts, until it is taken away. It goes before the
+        party's own `auto_responses`. Of more than auto_responses_max [16], set in several turns, the one that
+        was set first goes.
+
+        Args:
+            request: What is answered: str or bytes, at most 2,048 bytes.
+            reply: What with: str or bytes, at most 2,048 bytes. None takes the rule away.
+            prefix: Whether a message may go on behind the request, which must not be empty then.
+
+        Raises:
+            TypeError, ValueError: No such request or reply.
+            LimitExceeded: One of more than 2,048 bytes, or more rules in this turn than auto_responses_max.
+        """
+        turn = self._staging()
+        effects = turn.effects
+        rule = AutoResponse(request, "" if reply is None else reply, prefix)
+        kept, most = None if reply is None else rule.reply, self._settings.auto_responses_max
+        effect = [wire.AUTO, self.key, rule.request, kept, rule.prefix, most]
+        standing = set()
+        for each in [*effects, effect]:
+            if each[0] == wire.AUTO:
+                name = (type(each[2]), each[2], each[4])
+                if each[3] is None:
+                    standing.discard(name)
+                else:
+                    standing.add(name)
+        if len(standing) > most:
+            raise LimitExceeded(
+                "automatic responses of a room",
+                len(standing),
+                most,
+                "rules",
+                remedy="set fewer, or raise auto_responses_max",
+            )
+        self._count(turn, _size(rule.request) + _size(rule.reply))
+        effects.append(effect)
 
     def hibernate(self) -> None:
         """Ask to be evicted at the end of this turn, whatever idle_seconds says; while background work runs,

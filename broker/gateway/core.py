@@ -24,6 +24,7 @@ import trio
 from cbor2 import dumps
 
 from broker.gateway.admin import Admin
+from broker.gateway.answers import RoomRules
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
@@ -43,6 +44,7 @@ from broker.gateway.ledger import (
     TAGS,
     Ledger,
     Record,
+    rules_record,
 )
 from broker.gateway.lifecycle import Lifecycle
 from broker.gateway.links import HostLink, Links
@@ -117,7 +119,8 @@ class Gateway:
         self._registry_failed = False
         self._trimmer = Trimmer()
         self.connections = Connections(ledger)
-        self.rooms = Rooms(self.connections)
+        self.rules = RoomRules(self._rules_of)
+        self.rooms = Rooms(self.connections, rules=self.rules)
         self.hub = Hub(self._parked, self._end_of_tick, self._each_second)
         self.links = Links(self.hub, settings, config.shard_count, ledger)
         self.inbox = Inbox(self.connections, self.links, settings, config.data / "spill")
@@ -159,6 +162,7 @@ class Gateway:
             self.lifecycle,
             self.doors,
             self.forward,
+            self.rules,
         )
         self._admin = Admin(self)
         self.parties: dict[str, PartyView] = {}
@@ -227,19 +231,20 @@ class Gateway:
         """The record of a row's room, made if need be."""
         party = self.parties.get(row.party) or PartyView.unknown(row.party, self.config.settings)
         key = f"{row.party}/{row.room}"
-        room = self.rooms.by_key.get(key)
-        if room is None:
-            shard = wire.partition_of(key) % self.links.shard_count
-            room = self.rooms.by_key[key] = RoomRecord(key, party, shard)
-        return room
+        return self.rooms.by_key.get(key) or self.rooms.record(
+            key, party, wire.partition_of(key) % self.links.shard_count
+        )
+
+    def _rules_of(self, key: str) -> bytes | None:
+        """What the registry holds of a room's automatic responses; it is another one after `resume`."""
+        return self.registry.auto_responses(key)
 
     def _know(self, descriptions: list[dict[str, Any]]) -> None:
         """These are the parties now."""
         self.descriptions = descriptions
         self.parties = read_parties(descriptions, self.config.settings)
         self.doors.parties = self.forward.parties = self.parties
-        for room in self.rooms.by_key.values():
-            room.party = self.parties.get(room.party.name) or room.party.without_hooks()
+        self.rooms.know(self.parties)
 
     def _records(self) -> Iterator[Record]:
         """What a successor has to know, and finds neither in columns nor in the registry."""
@@ -248,6 +253,8 @@ class Gateway:
             [self.lifecycle.batch] if self._storing is None else [self._storing[1], self.lifecycle.batch]
         )
         for batch in batches:
+            for key, rules in batch.auto_responses.items():
+                yield rules_record(key, rules)
             for what, number, blob in batch.changes():
                 if what == "state":
                     yield Record(STATE, 0, number, blob is not None, blob or b"")
@@ -343,6 +350,7 @@ class Gateway:
             stored, batch = self._storing
             self._storing = None
             if error is None:
+                self.rules.saved(batch.auto_responses)
                 if stored:
                     self.duplicates.hold(stored)
                 continue

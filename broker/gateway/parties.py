@@ -8,6 +8,8 @@ Owns `PartyView`. Runs no user code and imports none: a class never comes here, 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from broker.gateway.answers import Answers
+from hibernation.auto_responses import Rule, from_plain
 from hibernation.settings import Settings
 
 
@@ -28,6 +30,8 @@ class PartyView:
     wants_request: bool
     wants_fetch: bool
     message_bytes_max: int
+    auto_responses: tuple[Rule, ...]
+    answers: Answers | None
 
     @classmethod
     def from_description(cls, description: dict[str, Any], base: Settings) -> "PartyView":
@@ -35,6 +39,7 @@ class PartyView:
         hooks = frozenset(description["hooks"])
         cors = description["cors"]
         settings = base.override(description["settings"])
+        rules = from_plain(description.get("auto_responses", ()))
         return cls(
             name=description["name"],
             settings=settings,
@@ -49,6 +54,8 @@ class PartyView:
             wants_request="on_request" in hooks,
             wants_fetch="on_fetch" in hooks,
             message_bytes_max=settings.message_bytes_max,
+            auto_responses=rules,
+            answers=Answers(rules) if rules else None,
         )
 
     @classmethod
@@ -69,6 +76,8 @@ class PartyView:
             wants_close=False,
             wants_request=False,
             wants_fetch=False,
+            auto_responses=(),
+            answers=None,
         )
 
 
