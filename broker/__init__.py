@@ -20,13 +20,17 @@ from hibernation.errors import (
     BrokerError,
     ConnectionClosedError,
     DeadLetter,
+    FetchCircle,
+    FetchTimeout,
     HookError,
     LimitExceeded,
     Refuse,
     RoomGone,
     SettingError,
     TurnTimeout,
+    UnknownParty,
 )
+from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
@@ -41,6 +45,9 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "Parties",
+    "PartyRooms",
+    "OtherRoom",
     "Request",
     "Response",
     "Refuse",
@@ -54,6 +61,9 @@ __all__ = [
     "RoomGone",
     "TurnTimeout",
     "DeadLetter",
+    "UnknownParty",
+    "FetchTimeout",
+    "FetchCircle",
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",

@@ -77,6 +77,8 @@ class Server:
     state_bytes_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
+    fetch_timeout: ClassVar[float]
+    fetch_bytes_max: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]

@@ -96,6 +96,8 @@ class Cell:
     running = False
     #: It may not run before the disk takes what it has written.
     held = False
+    #: Its turn waits for a room of this host, which starts no more turns: the next host runs it again.
+    abandoned = False
 
     def __init__(self, key: str, kind: Kind) -> None:
         self.key = key

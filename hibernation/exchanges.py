@@ -17,6 +17,7 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.commits import Commits
 from hibernation.errors import Refuse
 from hibernation.logs import get_logger
+from hibernation.neighbours import Parties, Switchboard
 from hibernation.pool import Pool
 from hibernation.probation import Errand
 from hibernation.room import Lobby, Room
@@ -45,6 +46,7 @@ class Exchanges:
     """See the module.
 
     Args:
+        board: What carries to other rooms.
         put: Adds an item to what leaves next.
         finish: Takes over a turn's result: cell, room, result.
         flush: Lets leave what has been put.
@@ -58,6 +60,7 @@ class Exchanges:
         turns: Turns,
         pool: Pool,
         commits: Commits,
+        board: Switchboard,
         put: Callable[[list[Any]], None],
         finish: Callable[[Cell, Room, list[Any]], None],
         flush: Callable[[], None],
@@ -68,6 +71,7 @@ class Exchanges:
         self._turns = turns
         self._pool = pool
         self._commits = commits
+        self._board = board
         self._put = put
         self._finish = finish
         self._flush = flush
@@ -91,7 +95,7 @@ class Exchanges:
         _, key, number, _ = event
         self._doing[number] = None
         kind = self._kinds[key.split("/", 1)[0]]
-        if "on_before_request" in kind.hooks:
+        if "on_before_request" in kind.hooks and "caller" not in event[3]:
             self._pool.spawn(self._noted, _OTHER, self._before_request, kind, event)
         else:
             self._to_room(kind, event)
@@ -152,6 +156,16 @@ class Exchanges:
         doing = self._doing.pop(number, None)
         if doing is not None:
             doing.cancel()
+
+    def runs_for_a_turn(self, event: Event) -> bool:
+        """Whether a turn of this host has asked for this request, and waits for it: what it does, that turn
+        does.
+        """
+        caller = event[3].get("caller")
+        if caller is None:
+            return False
+        cell = self._pool.cells.get(caller)
+        return cell is not None and cell.running
 
     def is_waiting(self, number: int) -> bool:
         """Whether a client still waits for this request's answer."""
@@ -222,7 +236,8 @@ class Exchanges:
 
         request = build_request(fields)
         room = fields.get("room")
-        lobby = Lobby(room, kind.name, self._env)
+        parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
+        lobby = Lobby(room, kind.name, self._env, parties)
         try:
             with trio.fail_after(kind.settings.turn_timeout):
                 value = getattr(kind.cls, hook)(*(request, lobby)[: kind.parameters[hook]])
@@ -247,6 +262,11 @@ class Exchanges:
                 self._turns.log_failure(f"{hook} failed", None, error, party=kind.name, room=room)
                 reply = Reply(500, _TEXT, self._turns.blame(error))
             return reply, request
+
+    def _send_now(self, effect: list[Any], _size: int) -> None:
+        """Carry out an effect of a static hook, which has no turn whose end it could wait for."""
+        self._put([wire.EFFECTS, [effect]])
+        self._flush()
 
     async def _before_connect(self, event: Event) -> None:
         from hibernation.requests import request_fields
@@ -344,6 +364,10 @@ _TEXT: Final = [("content-type", "text/plain; charset=utf-8")]
 _QUARANTINED: Final = b"this room does not start at the moment\n"
 #: What is noted of things that are given to no other host.
 _OTHER: Final = (OTHER, 0)
+
+
+def _no_turn() -> bool:
+    return False
 
 
 async def _whole(body: Any) -> bytes:

@@ -30,6 +30,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Iterable
 from select import EPOLLIN, EPOLLOUT, epoll
 from typing import Any, Final
 
@@ -42,12 +43,14 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
+from hibernation.errors import UnknownParty
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
 from hibernation.room import Connection, Room
+from hibernation.settings import Settings
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.shards import Shard
@@ -153,6 +156,7 @@ class Host:
             self._turns,
             self._pool,
             self._commits,
+            self,
             self._out_put,
             self._finish,
             self._flush,
@@ -632,8 +636,12 @@ class Host:
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
         self._question = number = self._question + 1
-        self._questions[number] = trio.lowlevel.current_task()
         self._out.append([wire.QUERY, number, key, what, argument])
+        return await self._reply_to(number)
+
+    async def _reply_to(self, number: int) -> Any:
+        """What the gateway replies to a question that has been put."""
+        self._questions[number] = trio.lowlevel.current_task()
 
         def abort(_: Any) -> trio.lowlevel.Abort:
             self._questions.pop(number, None)
@@ -641,6 +649,62 @@ class Host:
 
         self._flush()
         return await trio.lowlevel.wait_task_rescheduled(abort)
+
+    # --- What `neighbours.Switchboard` promises ---------------------------------------------------
+
+    @property
+    def switchboard(self) -> "Host":
+        """What carries to other rooms."""
+        return self
+
+    def party_names(self) -> Iterable[str]:
+        """The names under which parties can be reached."""
+        return list(self._kinds)
+
+    def party_name(self, name: str) -> str:
+        """The one name of a party."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            raise UnknownParty(name, self._kinds)
+        return kind.name
+
+    async def waits_for(self, key: str) -> list[str]:
+        """The rooms that a room waits for, each for the next."""
+        found: list[str] = await self.ask_gateway(key, "waits for", None)
+        return found
+
+    async def call_room(
+        self, caller: str, key: str, fields: dict[str, Any], *, in_turn: bool, settings: Settings
+    ) -> list[Any]:
+        """Have another room answer. Cancelled: its turn is cancelled, too."""
+        cell = self._pool.cells.get(caller) if in_turn else None
+        kind = self._kinds[caller.partition("/")[0]]
+        serial = in_turn and getattr(kind.cls, "concurrency", "serial") == "serial"
+        answer = ["late"]
+        with trio.move_on_after(settings.fetch_timeout):
+            if cell is not None and cell.gate:
+                # What earlier turns wrote, and this one may have read, must not be told before it is on disk
+                # (H2).
+                stored = trio.Event()
+                self._commits.after(cell, stored.set)
+                self._flush()
+                await stored.wait()
+            if self._pool.retiring:
+                answer = ["retiring"]
+            else:
+                self._question = number = self._question + 1
+                self._out.append([wire.CALL, number, caller, serial, key, fields, settings.fetch_bytes_max])
+                try:
+                    answer = await self._reply_to(number)
+                except trio.Cancelled:
+                    self._out.append([wire.CALL, number])
+                    self._flush()
+                    raise
+        if answer[0] == "retiring":
+            if cell is not None:
+                cell.abandoned = True  # the turn is not waited for, and the next host runs it again
+            await trio.sleep_forever()
+        return answer
 
     async def _is_deserted(self, key: str) -> bool:
         return not await self.ask_gateway(key, "count", [[], [], []])

@@ -240,7 +240,7 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether a turn is under way."""
-        return any(worker.cell is not None for worker in self._workers)
+        return any(worker.cell is not None and not worker.cell.abandoned for worker in self._workers)
 
     def retire(self) -> None:
         """Start no more turns; the events that have not begun are somebody else's."""
@@ -665,7 +665,7 @@ class Pool:
                     self.activate()
             for worker in self._workers:
                 running = worker.cell
-                if running is None or not worker.event:
+                if running is None or not worker.event or running.abandoned:
                     continue
                 if now - worker.started >= running.kind.settings.turn_timeout:
                     worker.cancel()

@@ -50,11 +50,13 @@ class Request(TrioRequest):
     """Quart's request, whose body has arrived, with the path below the room.
 
     `rest` is "" or "/…", percent-decoded; `path` is the whole decoded path, `scope["raw_path"]` (bytes) that
-    path as it was sent. `headers` may be changed in `on_before_connect` and `on_before_request`; hooks that
+    path as it was sent. `caller` is "party/id" of the room that fetches, "party/" of a static hook that does,
+    and None for a client. `headers` may be changed in `on_before_connect` and `on_before_request`; hooks that
     run later see it.
     """
 
     rest: str
+    caller: str | None
     max_form_parts = 1000
     max_form_memory_size = None  # the body is in memory already
 
@@ -89,6 +91,7 @@ class Request(TrioRequest):
         )
         self.remote_addr = client[0] or None
         self.rest = fields.get("rest", "")
+        self.caller = fields.get("caller")
         self.body.set_result(fields.get("body", b""))
 
 

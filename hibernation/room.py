@@ -23,6 +23,7 @@ from storage.shards import key_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
+    from hibernation.neighbours import Parties, Switchboard
     from hibernation.requests import Request
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
@@ -56,6 +57,10 @@ class Backstage(Protocol):
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
+
+    @property
+    def switchboard(self) -> "Switchboard":
+        """What carries to other rooms."""
 
 
 class _Done:
@@ -620,6 +625,13 @@ class Room:
             storage = self._storage = Storage(self)
         return storage
 
+    @property
+    def parties(self) -> "Parties":
+        """The parties of the app, for `room.parties["chat"].get("lobby")`: other rooms (S30)."""
+        from hibernation.neighbours import Parties  # it needs what is defined here
+
+        return Parties(self._host.switchboard, self.key, self._settings, self._stage, self._is_in_turn)
+
     def broadcast(
         self,
         message: Message,
@@ -738,6 +750,16 @@ class Room:
             raise RoomGone(self.key)
         return effects
 
+    def _is_in_turn(self) -> bool:
+        """Whether the running task is in the room's turn, and not in a stream that outlives one."""
+        return self._effects is not None and _turn.get() is self._effects
+
+    def _stage(self, effect: list[Any], size: int) -> None:
+        """Add an effect to the turn."""
+        effects = self._staging()
+        self._count(size)
+        effects.append(effect)
+
     def _count(self, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
         total = self._bytes + size
@@ -810,11 +832,13 @@ class Lobby:
         id: The room's id; None where there is none (`on_fetch`, `on_cron`).
         party: The party's name.
         env: As `Room.env`.
+        parties: As `Room.parties`; but there is no turn, so a broadcast leaves at once.
     """
 
-    __slots__ = ("env", "id", "party")
+    __slots__ = ("env", "id", "parties", "party")
 
-    def __init__(self, room: str | None, party: str, env: Mapping[str, str]) -> None:
+    def __init__(self, room: str | None, party: str, env: Mapping[str, str], parties: "Parties") -> None:
         self.id = room
         self.party = party
         self.env = env
+        self.parties = parties

@@ -24,6 +24,7 @@ import trio
 from cbor2 import dumps
 
 from broker.gateway.admin import Admin
+from broker.gateway.calls import Calls
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
@@ -146,6 +147,7 @@ class Gateway:
             quarantine=self.quarantine,
         )
         self.forward = Forward(self.links, self.links.flush, self.quarantine)
+        self.calls = Calls(self.forward, self.links.flush)
         self.effects = Effects(
             self.connections,
             self.rooms,
@@ -175,6 +177,8 @@ class Gateway:
         self.effects.on_retire = self._host_retires
         self.effects.on_answer = self._admin.answered
         self.effects.on_quarantine = self._quarantined
+        self.effects.on_call = self.calls.called
+        self.effects.waits_for = self.calls.waits_for
         self._take_over(rows, kept)
 
     # --- What a former gateway has left -----------------------------------------------------------
@@ -264,6 +268,7 @@ class Gateway:
             report(self.config.status_fd, "ready")  # the sockets are here: there is no way back
         try:
             async with trio.open_nursery() as nursery:
+                await nursery.start(self.calls.run)
                 nursery.start_soon(self.hub.run)
                 await nursery.start(self.http.run)
                 await self._told_to_end()
@@ -409,6 +414,7 @@ class Gateway:
 
     def _host_gone(self, host: HostLink) -> None:
         self.lifecycle.host_gone(host)
+        self.calls.host_gone(host)
         self.forward.host_gone(host)
         self._admin.host_gone(host)
 
@@ -422,6 +428,7 @@ class Gateway:
         for shard in host.shards:
             if self.links.by_shard[shard] is host:
                 self.links.by_shard[shard] = None
+        self.calls.host_retires(host)
 
     # --- The end ----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ next one.
 import math
 import secrets
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
@@ -21,6 +21,9 @@ from broker.gateway.parties import PartyView
 from broker.gateway.quarantine import RETRY_AFTER as QUARANTINED_RETRY_AFTER
 from broker.gateway.quarantine import Quarantine
 from hibernation import wire
+
+if TYPE_CHECKING:
+    from broker.gateway.calls import Call
 
 #: How long a request waits for a host that is being replaced.
 WAIT_SECONDS: Final = 10.0
@@ -137,13 +140,39 @@ class Forward:
             if not party.wants_request:
                 raise RequestRefused(404, "this party answers no requests")
             key, kind = f"{party.name}/{request.room}", wire.REQUEST
-            shard = wire.partition_of(key) % self._links.shard_count
+            shard = self.shard_of(key)
             if key in self._quarantine:
                 raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
         self._number = number = self._number + 1
         fields = request.fields()
         fields["party"] = party.name
-        pending = Pending([kind, key, number, fields], shard)
+        reply = await self._answered(Pending([kind, key, number, fields], shard))
+        if party.cors is not None:
+            given = {name.lower() for name, _ in reply.headers}
+            more = [(name, value) for name, value in party.cors if name.lower() not in given]
+            reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
+        return reply
+
+    async def call(self, call: "Call") -> HttpReply:
+        """Have a room answer another one. Raises and cancellation: as of `request`."""
+        key, fields = call.callee, call.fields
+        party = self.parties.get(fields["party"])
+        if party is None:
+            raise RequestRefused(404, "unknown party")
+        if not party.wants_request:
+            raise RequestRefused(404, "this party answers no requests")
+        if key in self._quarantine:
+            raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
+        self._number = number = self._number + 1
+        call.pending = pending = Pending([wire.REQUEST, key, number, fields], self.shard_of(key))
+        return await self._answered(pending)
+
+    def shard_of(self, key: str) -> int:
+        """The shard of the room with this key."""
+        return wire.partition_of(key) % self._links.shard_count
+
+    async def _answered(self, pending: Pending) -> HttpReply:
+        number = pending.item[2]
         self._pending[number] = pending
         try:
             self._ask(pending)
@@ -156,13 +185,8 @@ class Forward:
             raise
         if pending.refused is not None:
             raise pending.refused
-        reply = pending.reply
-        assert reply is not None
-        if party.cors is not None:
-            given = {name.lower() for name, _ in reply.headers}
-            more = [(name, value) for name, value in party.cors if name.lower() not in given]
-            reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
-        return reply
+        assert pending.reply is not None
+        return pending.reply
 
     async def _wait(self, pending: Pending) -> None:
         """Wait for the answer; but for a host to ask only WAIT_SECONDS."""

@@ -37,6 +37,10 @@ class FakeHost:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
 
+    @property
+    def switchboard(self) -> Any:
+        raise AssertionError("no other room is concerned")
+
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
         encode_for_link([argument])  # what cannot be sent would end the host

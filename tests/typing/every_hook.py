@@ -79,6 +79,9 @@ class Main(Server):
         several: int = await self.room.storage.delete(list(listed))
         if gone or several:
             self.room.storage.delete_all()
+        stored: Response = await self.room.parties["plain"].get("lobby").fetch("/x", method="PUT", json=[1])
+        if stored.status_code == 200:
+            self.room.parties["plain"].get("lobby").broadcast(await stored.get_json(), tag="admin")
         self.room.hibernate()
 
     def on_close(self, connection: Connection, code: int, reason: str, was_clean: bool) -> None:
@@ -113,7 +116,9 @@ class Main(Server):
         return Response("no", status=405) if request.method == "PUT" else None
 
     @staticmethod
-    async def on_fetch(request: Request, lobby: Lobby) -> str:
+    async def on_fetch(request: Request, lobby: Lobby) -> str | Response:
+        if request.args.get("room"):
+            return await lobby.parties["plain"].get(request.args["room"]).fetch()
         return f"{request.path} belongs to no room of {lobby.party}"
 
 
