@@ -64,6 +64,8 @@ class Server:
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
     cors: ClassVar[bool | Mapping[str, str]] = False
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
+    stream_requests: ClassVar[bool] = False
+    """Whether `on_request` is given a body while it comes: `async for piece in request.body` (S26)."""
 
     # Settings of the instance that a class may set for its own rooms; bounds: hibernation/settings.py.
     start_timeout: ClassVar[float]

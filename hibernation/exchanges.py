@@ -7,6 +7,7 @@ with the first request: Quart costs 35 MB.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -16,6 +17,7 @@ from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.commits import Commits
 from hibernation.errors import Refuse
+from hibernation.feeds import Feed, Sealed
 from hibernation.logs import get_logger
 from hibernation.neighbours import Parties, Switchboard
 from hibernation.pool import Pool
@@ -77,6 +79,8 @@ class Exchanges:
         self._flush = flush
         self._doing: dict[int, Doing] = {}
         self._credits: dict[int, trio.Semaphore] = {}
+        #: Bodies that come in pieces.
+        self._feeds: dict[int, Feed] = {}
 
     @property
     def busy(self) -> bool:
@@ -87,6 +91,7 @@ class Exchanges:
         """The gateway has gone, and with it every client that waits for an answer."""
         self._doing.clear()
         self._credits.clear()
+        self._feeds.clear()
 
     # --- From the link ----------------------------------------------------------------------------
 
@@ -94,6 +99,8 @@ class Exchanges:
         """A request for a room: the before-hook first, if there is one, then the room's turn."""
         _, key, number, _ = event
         self._doing[number] = None
+        if "pieces" in event[3]:
+            self._feeds[number] = Feed(partial(self._want, number))
         kind = self._kinds[key.split("/", 1)[0]]
         if "on_before_request" in kind.hooks and "caller" not in event[3]:
             self._pool.spawn(self._noted, _OTHER, self._before_request, kind, event)
@@ -110,7 +117,8 @@ class Exchanges:
         """Answer requests whose room is in quarantine (S4)."""
         for event in events:
             number = event[2]
-            if self._doing.pop(number, self) is not self:
+            if number in self._doing:
+                self._end(number)
                 answer = [wire.RESPOND, number, 503, [*_TEXT, ("retry-after", "30")], _QUARANTINED]
                 self._put([wire.EFFECTS, [answer]])
 
@@ -141,8 +149,21 @@ class Exchanges:
 
     def fetched(self, event: Event) -> None:
         """A request that belongs to no room."""
-        self._doing[event[2]] = None
+        number = event[2]
+        self._doing[number] = None
+        if "pieces" in event[3]:
+            self._feeds[number] = Feed(partial(self._want, number))
         self._pool.spawn(self._noted, _OTHER, self._fetch, event)
+
+    def _want(self, number: int, pieces: int, reading: int) -> None:
+        self._put([wire.WANT, number, pieces, reading])
+        self._flush()
+
+    def body(self, number: int, data: bytes | None, last: bool, reading: int) -> None:
+        """A piece of a request's body."""
+        feed = self._feeds.get(number)
+        if feed is not None:
+            feed.put(data, last, reading)
 
     def credit(self, number: int, chunks: int) -> None:
         """The client of a stream has taken chunks."""
@@ -153,9 +174,15 @@ class Exchanges:
 
     def cancel(self, number: int) -> None:
         """The client of a request has left: its turn is cancelled, its stream ends (S26)."""
-        doing = self._doing.pop(number, None)
+        doing = self._end(number)
         if doing is not None:
             doing.cancel()
+
+    def _end(self, number: int) -> Doing:
+        """Nothing is done for this request any more."""
+        if self._feeds:
+            self._feeds.pop(number, None)
+        return self._doing.pop(number, None)
 
     def runs_for_a_turn(self, event: Event) -> bool:
         """Whether a turn of this host has asked for this request, and waits for it: what it does, that turn
@@ -185,7 +212,7 @@ class Exchanges:
         self._put([wire.BEGUN, number])
         self._flush()  # before anything of the turn can be on disk, or the hook can block the loop (S26)
         worker.hook = "on_request"
-        request = build_request(event[3])
+        request = build_request(event[3], self._feeds.get(number) if self._feeds else None)
         reply: Reply | None
         try:
             value = await self._turns.call(cell.kind, worker, cell.server, request)
@@ -202,7 +229,7 @@ class Exchanges:
             room._discard()  # an answer by exception is still the end of a turn that did not go through
             effects = room._begin()
         if isinstance(reply.body, bytes):
-            self._doing.pop(number, None)
+            self._end(number)
             effects.append([wire.RESPOND, number, reply.status, reply.headers, reply.body])
             self._finish(cell, room, [wire.EFFECTS, effects])
             return
@@ -217,12 +244,14 @@ class Exchanges:
 
     def fail(self, number: int, effects: list[Any], error: BaseException) -> None:
         """Add the answer to a request whose turn has failed."""
-        self._doing.pop(number, None)
+        self._end(number)
         effects.append([wire.RESPOND, number, 500, _TEXT, self._turns.blame(error)])
 
     # --- Static hooks -----------------------------------------------------------------------------
 
-    async def _static(self, kind: Kind, hook: str, fields: dict[str, Any]) -> "tuple[Reply | None, Any]":
+    async def _static(
+        self, kind: Kind, hook: str, fields: dict[str, Any], feed: Feed | None = None
+    ) -> "tuple[Reply | None, Any]":
         """Call a static hook. Gives the answer, if it is one, and the request with what the hook changed."""
         from hibernation.requests import (
             Reply,
@@ -234,7 +263,7 @@ class Exchanges:
             to_reply,
         )
 
-        request = build_request(fields)
+        request = build_request(fields, feed)
         room = fields.get("room")
         parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
         lobby = Lobby(room, kind.name, self._env, parties)
@@ -287,13 +316,19 @@ class Exchanges:
         _, key, number, fields = event
         with trio.CancelScope() as scope:
             self._doing[number] = scope
-            refused, request = await self._static(kind, "on_before_request", fields)
+            feed = self._feeds.get(number)
+            if feed is not None and fields["pieces"] == "once":
+                refused, request = await self._static(kind, "on_before_request", fields, Sealed(feed.want))
+            else:
+                refused, request = await self._static(kind, "on_before_request", fields, feed)
             if refused is not None:
                 await self._answer(number, refused)
                 return
         if number not in self._doing:
             return  # its client has left
         self._doing[number] = None
+        if feed is not None and feed.begun:  # the room reads it from the beginning
+            self._feeds[number] = Feed(feed.want, feed.reading + 1)
         self._to_room(kind, [wire.REQUEST, key, number, {**fields, **request_fields(request)}])
         self._pool.activate()
 
@@ -304,9 +339,9 @@ class Exchanges:
         with trio.CancelScope() as scope:
             self._doing[number] = scope
             self._put([wire.BEGUN, number])
-            reply, _ = await self._static(self._kinds["main"], "on_fetch", fields)
+            reply, _ = await self._static(self._kinds["main"], "on_fetch", fields, self._feeds.get(number))
             await self._answer(number, reply or Reply(404, _TEXT, b"not found\n"))
-        self._doing.pop(number, None)
+        self._end(number)
 
     async def _answer(self, number: int, reply: "Reply") -> None:
         """Answer a request with which no turn has to do."""
@@ -315,7 +350,7 @@ class Exchanges:
         self._flush()
         if not isinstance(reply.body, bytes):
             await self._stream(None, number, reply.body)
-        self._doing.pop(number, None)
+        self._end(number)
 
     # --- Streams ----------------------------------------------------------------------------------
 
@@ -342,7 +377,7 @@ class Exchanges:
             with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
                 await self._end_body(cell, body)
             self._credits.pop(number, None)
-            self._doing.pop(number, None)
+            self._end(number)
             self._put([wire.FINISH, number, whole])
             self._flush()
             if cell is not None:

@@ -584,6 +584,8 @@ class Host:
             self._exchanges.fetched(item)
         elif kind == wire.CREDIT:
             self._exchanges.credit(item[1], item[2])
+        elif kind == wire.BODY:
+            self._exchanges.body(item[1], item[2], item[3], item[4])
         elif kind == wire.CANCEL:
             self._exchanges.cancel(item[1])
         elif kind == wire.ASK:

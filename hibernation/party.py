@@ -22,7 +22,7 @@ MAIN: Final = "main"
 
 _ROOM_NAMES: Final = {setting.name: setting for setting in ROOM_SETTINGS}
 _INSTANCE_NAMES: Final = {setting.name: setting for setting in SETTINGS if setting.scope == "instance"}
-_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors")
+_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors", "stream_requests")
 _PLAIN: Final = (bool, int, float, str, bytes, tuple, list, set, frozenset, dict)
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
@@ -43,7 +43,7 @@ class Party:
     `aliases` is ("main",) where `/party/ID` leads here under another name. `hooks` are the names of the hooks
     that it defines, `specs` how each is called; `has_on_start` and `on_message_parameters` repeat what every
     wake and every message asks of them. `cors` are the headers for its answers, or None. `overrides` are the
-    settings that stand on the class.
+    settings that stand on the class. `stream_requests`: a request's turn begins before its body is there.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Party:
     concurrency: Literal["serial"] = "serial"
     subprotocols: tuple[str, ...] = ()
     cors: tuple[tuple[str, str], ...] | None = None
+    stream_requests: bool = False
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -78,10 +79,11 @@ class Party:
             hooks=frozenset(specs),
             has_on_start="on_start" in specs,
             on_message_parameters=specs["on_message"].parameters if "on_message" in specs else 0,
-            hibernate=_hibernate(server),
+            hibernate=_flag(server, "hibernate"),
             concurrency=_concurrency(server),
             subprotocols=_subprotocols(server),
             cors=_cors(server),
+            stream_requests=_flag(server, "stream_requests"),
             overrides=_overrides(server),
         )
 
@@ -117,6 +119,7 @@ class Party:
             "hooks": sorted(self.hooks),
             "hibernate": self.hibernate,
             "subprotocols": list(self.subprotocols),
+            "stream_requests": self.stream_requests,
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
                 name: list(value) if isinstance(value, tuple) else value
@@ -171,7 +174,8 @@ def check_class(server: type[Any]) -> dict[str, HookSpec]:
     """
     specs = check_hooks(server)
     _check_names(server)
-    _hibernate(server)
+    _flag(server, "hibernate")
+    _flag(server, "stream_requests")
     _concurrency(server)
     _subprotocols(server)
     _cors(server)
@@ -204,11 +208,11 @@ def _check_name(owner: type[Any], name: str, value: object) -> None:
         )
 
 
-def _hibernate(server: type[Any]) -> bool:
-    owner, value = find(server, "hibernate")
+def _flag(server: type[Any], name: str) -> bool:
+    owner, value = find(server, name)
     if isinstance(value, bool):
         return value
-    raise SettingError(_source(owner, "hibernate", value), "give True or False", given=value)
+    raise SettingError(_source(owner, name, value), "give True or False", given=value)
 
 
 def _concurrency(server: type[Any]) -> Literal["serial"]:

@@ -10,7 +10,7 @@ find none.
 """
 
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from inspect import isasyncgen, isgenerator
 from typing import Any, Final, cast
@@ -20,11 +20,13 @@ from quart import json as quart_json
 from quart.wrappers.response import DataBody, ResponseBody
 from quart.wrappers.response import Response as QuartResponse
 from quart_trio.wrappers import TrioRequest, TrioResponse
+from quart_trio.wrappers.request import TrioBody
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from hibernation.errors import Refuse
+from hibernation.feeds import Feed
 
 __all__ = [
     "Reply",
@@ -47,7 +49,7 @@ _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
 class Request(TrioRequest):
-    """Quart's request, whose body has arrived, with the path below the room.
+    """Quart's request, with the path below the room.
 
     `rest` is "" or "/…", percent-decoded; `path` is the whole decoded path, `scope["raw_path"]` (bytes) that
     path as it was sent. `caller` is "party/id" of the room that fetches, "party/" of a static hook that does,
@@ -60,7 +62,7 @@ class Request(TrioRequest):
     max_form_parts = 1000
     max_form_memory_size = None  # the body is in memory already
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], feed: Feed | None = None) -> None:
         headers = Headers([(name, value) for name, value in fields["headers"]])
         client = fields.get("client") or ("", 0)
         scope: Any = {
@@ -92,7 +94,41 @@ class Request(TrioRequest):
         self.remote_addr = client[0] or None
         self.rest = fields.get("rest", "")
         self.caller = fields.get("caller")
-        self.body.set_result(fields.get("body", b""))
+        if feed is None:
+            self.body.set_result(fields.get("body", b""))
+        else:
+            self.body = _FedBody(feed)
+
+
+class _FedBody(TrioBody):
+    """A body of which the next piece is asked for when it is read."""
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(None, None)
+        self._feed = feed
+        self._gathering = trio.Lock()
+
+    async def __anext__(self) -> bytes:
+        if self._complete.is_set():
+            return await super().__anext__()
+        piece = await self._feed.receive()
+        if not piece:
+            self.set_complete()
+            raise StopAsyncIteration
+        return piece
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        return self._gather().__await__()
+
+    async def _gather(self) -> bytes:
+        async with self._gathering:
+            while not self._complete.is_set():
+                piece = await self._feed.receive()
+                if piece:
+                    self._data += piece
+                else:
+                    self.set_complete()
+        return bytes(self._data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +143,13 @@ class Reply:
     body: bytes | AsyncIterator[bytes] = b""
 
 
-def build_request(fields: Mapping[str, Any]) -> Request:
+def build_request(fields: Mapping[str, Any], feed: Feed | None = None) -> Request:
     """Make the request that hooks are given from what `broker.gateway.http.HttpRequest.fields` made.
 
     Needed are method, scheme, path, query (bytes) and headers (pairs, lower-case names); raw_path, rest,
-    body, client and http_version may be missing.
+    body, client and http_version may be missing. A body that comes in pieces comes from `feed`.
     """
-    return Request(fields)
+    return Request(fields, feed)
 
 
 def request_fields(request: Request) -> dict[str, Any]:

@@ -20,7 +20,7 @@ Events, gateway to host (past facts):
 | CREDIT | request number, chunks that may follow |
 | CANCEL | request number: its client has left |
 | ASK | question number, question, argument: for the admin commands |
-| BODY | request number, bytes, whether these are the last: a piece of a body that comes in pieces |
+| BODY | request number, bytes or None (lost), whether the last, reading: a piece of a request's body |
 
 Results, host to gateway (orders; released by the commit they depend on):
 
@@ -40,7 +40,7 @@ Results, host to gateway (orders; released by the commit they depend on):
 | ROW | shard, row number, encoded results: what one commit released, also kept on disk with it |
 | SYNCED | token: all that ended before this link has been said |
 | PAUSED | reason, or None: commits wait for the disk, or do no more |
-| WANT | request number, pieces of its body that may follow, whether from the beginning |
+| WANT | request number, pieces of its body that may follow, reading: a new one begins at its beginning |
 | CALL | query number, caller, serial, key, request fields, bytes allowed: a fetch; or the number: no more |
 
 `serial` in CALL says that the caller is a room that can answer nobody before it has its own answer.

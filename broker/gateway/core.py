@@ -24,6 +24,7 @@ import trio
 from cbor2 import dumps
 
 from broker.gateway.admin import Admin
+from broker.gateway.bodies import SpilledBody
 from broker.gateway.calls import Calls
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
@@ -574,6 +575,15 @@ class Gateway:
         """An upgrade on a kept-alive connection."""
         self.doors.give_back(sock, client)
         self._end_of_tick()
+
+    def streams(self, party: str | None) -> bool:
+        """Whether requests to this party are passed on before their body is there."""
+        view = self.parties.get("main" if party is None else party)
+        return view is not None and view.streams_requests
+
+    def spill(self) -> SpilledBody:
+        """A place for a body that is too large for memory."""
+        return SpilledBody(self.inbox.spills)
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """A request for a room, or for `on_fetch`."""

@@ -84,6 +84,7 @@ class Effects:
             ),
             wire.CHUNK: lambda _, item: self._forward.chunk(item[1], item[2]),
             wire.FINISH: lambda _, item: self._forward.finish(item[1], item[2]),
+            wire.WANT: lambda _, item: self._forward.want(item[1], item[2], item[3]),
             wire.QUERY: self._query,
             wire.CALL: lambda host, item: self.on_call(host, item),  # noqa: PLW0108 - it is set later
             wire.ANSWER: lambda _, item: self.on_answer(item[1], item[2]),

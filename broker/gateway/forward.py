@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from broker.gateway.bodies import BodyLost, SpilledBody, StreamedBody
 from broker.gateway.http import HttpReply, HttpRequest, RequestRefused
 from broker.gateway.links import HostLink, Links
 from broker.gateway.parties import PartyView
 from broker.gateway.quarantine import RETRY_AFTER as QUARANTINED_RETRY_AFTER
 from broker.gateway.quarantine import Quarantine
 from hibernation import wire
+from hibernation.logs import get_logger
 
 if TYPE_CHECKING:
     from broker.gateway.calls import Call
@@ -29,14 +31,33 @@ if TYPE_CHECKING:
 WAIT_SECONDS: Final = 10.0
 RETRY_AFTER: Final = (("retry-after", "1"),)
 
+log = get_logger("forward")
+
 
 class Pending:
     """One request in progress."""
 
-    __slots__ = ("answered", "begun", "chunks", "host", "item", "refused", "reply", "shard", "whole")
+    __slots__ = (
+        "answered",
+        "begun",
+        "body",
+        "chunks",
+        "host",
+        "item",
+        "offset",
+        "reading",
+        "refused",
+        "reply",
+        "shard",
+        "whole",
+    )
 
-    def __init__(self, item: list[Any], shard: int) -> None:
+    def __init__(self, item: list[Any], shard: int, body: SpilledBody | StreamedBody | None = None) -> None:
         self.item = item
+        #: A body that goes in pieces; which reading of it that is, and how far it has come.
+        self.body = body
+        self.reading = 0
+        self.offset = 0
         self.shard = shard
         self.host: HostLink | None = None
         self.begun = False
@@ -146,7 +167,8 @@ class Forward:
         self._number = number = self._number + 1
         fields = request.fields()
         fields["party"] = party.name
-        reply = await self._answered(Pending([kind, key, number, fields], shard))
+        body = None if isinstance(request.body, bytes) else request.body
+        reply = await self._answered(Pending([kind, key, number, fields], shard, body))
         if party.cors is not None:
             given = {name.lower() for name, _ in reply.headers}
             more = [(name, value) for name, value in party.cors if name.lower() not in given]
@@ -251,6 +273,37 @@ class Forward:
             pending.whole = whole
             pending.chunks.close()
 
+    def want(self, number: int, pieces: int, reading: int) -> None:
+        """A host wants so many pieces of a request's body."""
+        pending = self._pending.get(number)
+        if pending is None or pending.body is None or pending.host is None:
+            return
+        host, body = pending.host, pending.body
+        if isinstance(body, StreamedBody):
+
+            def take(piece: bytes | None, last: bool) -> None:
+                host.put([wire.BODY, number, piece, last, reading])
+                self._flush()
+
+            body.want(pieces, take)
+            return
+        if reading != pending.reading:
+            pending.reading, pending.offset = reading, 0
+        while pieces and pending.offset <= body.size:
+            pieces -= 1
+            try:
+                piece = body.read(pending.offset)
+            except BodyLost as lost:
+                log.error("a request body cannot be read", reason=str(lost))
+                host.put([wire.BODY, number, None, True, reading])
+                break
+            pending.offset += len(piece)
+            last = pending.offset == body.size
+            host.put([wire.BODY, number, piece, last, reading])
+            if last:
+                pending.offset += 1  # there is no more
+        self._flush()
+
     def _taken(self, number: int, pending: Pending) -> None:
         """The client has taken a piece of a streamed answer: its host may send one more."""
         if pending.host is not None:
@@ -295,6 +348,7 @@ class Forward:
                     pending.answered.set()
                     continue
                 pending.host = host
+                pending.reading = pending.offset = 0
                 host.put(pending.item)
 
 

@@ -26,6 +26,7 @@ class PartyView:
     wants_close: bool
     wants_request: bool
     wants_fetch: bool
+    streams_requests: bool
     message_bytes_max: int
 
     @classmethod
@@ -46,6 +47,7 @@ class PartyView:
             wants_close="on_close" in hooks,
             wants_request="on_request" in hooks,
             wants_fetch="on_fetch" in hooks,
+            streams_requests=description.get("stream_requests", False),
             message_bytes_max=settings.message_bytes_max,
         )
 
@@ -53,7 +55,14 @@ class PartyView:
     def unknown(cls, name: str, settings: Settings) -> "PartyView":
         """A party of which only the name is known: nothing wakes its rooms."""
         return cls.from_description(
-            {"name": name, "hooks": [], "cors": None, "settings": {}, "hibernate": True, "subprotocols": []},
+            {
+                "name": name,
+                "hooks": [],
+                "cors": None,
+                "settings": {},
+                "hibernate": True,
+                "subprotocols": [],
+            },
             settings,
         )
 
