@@ -30,8 +30,10 @@ from hibernation.errors import (
     TurnTimeout,
     UnknownParty,
 )
+from hibernation.mounted import mount
 from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.sse import sse
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ __all__ = [
     "Request",
     "Response",
     "Refuse",
+    "mount",
+    "sse",
     # errors
     "BrokerError",
     "AppError",

@@ -66,6 +66,8 @@ class Server:
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
     stream_requests: ClassVar[bool] = False
     """Whether `on_request` is given a body while it comes: `async for piece in request.body` (S26)."""
+    static: ClassVar[str | None] = None
+    """Main party: a folder beside this file whose files answer requests that belong to no room (S26)."""
 
     # Settings of the instance that a class may set for its own rooms; bounds: hibernation/settings.py.
     start_timeout: ClassVar[float]

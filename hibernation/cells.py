@@ -41,6 +41,7 @@ class Kind:
         "parameters",
         "settings",
         "starts",
+        "static",
     )
 
     def __init__(self, party: Party, base: Settings) -> None:
@@ -49,6 +50,8 @@ class Kind:
         self.hooks = party.hooks
         self.settings: RoomSettings = party.settings(base)
         self.hibernate = party.hibernate
+        #: The folder of files for requests that belong to no room.
+        self.static = party.static
         self.idle_seconds = self.settings.idle_seconds
         self.evicts_at_once = self.hibernate and not self.idle_seconds
         self.starts = party.has_on_start

@@ -19,9 +19,11 @@ from hibernation.commits import Commits
 from hibernation.errors import Refuse
 from hibernation.feeds import Feed, Sealed
 from hibernation.logs import get_logger
+from hibernation.mounted import Application, Mounted
 from hibernation.neighbours import Parties, Switchboard
 from hibernation.pool import Pool
 from hibernation.probation import Errand
+from hibernation.replies import Reply
 from hibernation.room import Lobby, Room
 from hibernation.running import ASKING, OTHER, Mark
 from hibernation.settings import Settings
@@ -30,7 +32,7 @@ from hibernation.suspension import watched
 from hibernation.turns import Turns
 
 if TYPE_CHECKING:
-    from hibernation.requests import Reply
+    from hibernation.requests import Request
 
 log = get_logger("host")
 
@@ -52,6 +54,7 @@ class Exchanges:
         put: Adds an item to what leaves next.
         finish: Takes over a turn's result: cell, room, result.
         flush: Lets leave what has been put.
+        spawn_for_life: Starts a task that ends with the host.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Exchanges:
         put: Callable[[list[Any]], None],
         finish: Callable[[Cell, Room, list[Any]], None],
         flush: Callable[[], None],
+        spawn_for_life: Callable[..., None],
     ) -> None:
         self._settings = settings
         self._env = env
@@ -77,6 +81,8 @@ class Exchanges:
         self._put = put
         self._finish = finish
         self._flush = flush
+        self._spawn_for_life = spawn_for_life
+        self._mounted: dict[int, Mounted] = {}
         self._doing: dict[int, Doing] = {}
         self._credits: dict[int, trio.Semaphore] = {}
         #: Bodies that come in pieces.
@@ -202,7 +208,7 @@ class Exchanges:
 
     async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
         """Run `on_request`, and let its answer leave with the rest of the turn."""
-        from hibernation.requests import build_request, error_reply, to_reply
+        from hibernation.requests import build_request, error_reply, provide_app, to_reply
 
         number = event[2]
         if number not in self._doing:
@@ -212,6 +218,7 @@ class Exchanges:
         self._put([wire.BEGUN, number])
         self._flush()  # before anything of the turn can be on disk, or the hook can block the loop (S26)
         worker.hook = "on_request"
+        provide_app()
         request = build_request(event[3], self._feeds.get(number) if self._feeds else None)
         reply: Reply | None
         try:
@@ -251,22 +258,23 @@ class Exchanges:
 
     async def _static(
         self, kind: Kind, hook: str, fields: dict[str, Any], feed: Feed | None = None
-    ) -> "tuple[Reply | None, Any]":
+    ) -> tuple[Reply | None, Any]:
         """Call a static hook. Gives the answer, if it is one, and the request with what the hook changed."""
         from hibernation.requests import (
-            Reply,
             Request,
             build_request,
             error_reply,
+            provide_app,
             refusal,
             request_fields,
             to_reply,
         )
 
         request = build_request(fields, feed)
+        provide_app()
         room = fields.get("room")
         parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
-        lobby = Lobby(room, kind.name, self._env, parties)
+        lobby = Lobby(room, kind.name, self._env, parties, self._serve)
         try:
             with trio.fail_after(kind.settings.turn_timeout):
                 value = getattr(kind.cls, hook)(*(request, lobby)[: kind.parameters[hook]])
@@ -291,6 +299,17 @@ class Exchanges:
                 self._turns.log_failure(f"{hook} failed", None, error, party=kind.name, room=room)
                 reply = Reply(500, _TEXT, self._turns.blame(error))
             return reply, request
+
+    async def _serve(self, app: Application, request: "Request", lobby: Lobby) -> Reply:
+        mounted = self._mounted.get(id(app))
+        if mounted is None:
+            mounted = self._mounted[id(app)] = Mounted(app, self._pool.spawn_along, self._spawn_for_life)
+        return await mounted.answer(request, lobby)
+
+    async def end(self) -> None:
+        """The host ends: let mounted applications do what they do then."""
+        for mounted in self._mounted.values():
+            await mounted.end()
 
     def _send_now(self, effect: list[Any], _size: int) -> None:
         """Carry out an effect of a static hook, which has no turn whose end it could wait for."""
@@ -333,17 +352,29 @@ class Exchanges:
         self._pool.activate()
 
     async def _fetch(self, event: Event) -> None:
-        from hibernation.requests import Reply
-
         _, _, number, fields = event
+        kind = self._kinds["main"]
         with trio.CancelScope() as scope:
             self._doing[number] = scope
             self._put([wire.BEGUN, number])
-            reply, _ = await self._static(self._kinds["main"], "on_fetch", fields, self._feeds.get(number))
+            reply = None if kind.static is None else self._file(kind, fields)
+            if reply is None and "on_fetch" in kind.hooks:
+                reply, _ = await self._static(kind, "on_fetch", fields, self._feeds.get(number))
             await self._answer(number, reply or Reply(404, _TEXT, b"not found\n"))
         self._end(number)
 
-    async def _answer(self, number: int, reply: "Reply") -> None:
+    def _file(self, kind: Kind, fields: dict[str, Any]) -> Reply | None:
+        """The answer of the app's folder of files; None where it has none, and for what is the hook's."""
+        from hibernation.static_files import StaticFiles
+
+        if fields["method"] not in ("GET", "HEAD") and "on_fetch" in kind.hooks:
+            return None
+        assert kind.static is not None
+        return StaticFiles(kind.static).answer(
+            fields["method"], fields["path"], fields["raw_path"], fields["query"], fields["headers"]
+        )
+
+    async def _answer(self, number: int, reply: Reply) -> None:
         """Answer a request with which no turn has to do."""
         whole = reply.body if isinstance(reply.body, bytes) else None
         self._put([wire.EFFECTS, [[wire.RESPOND, number, reply.status, reply.headers, whole]]])

@@ -30,7 +30,7 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from select import EPOLLIN, EPOLLOUT, epoll
 from typing import Any, Final
 
@@ -160,6 +160,7 @@ class Host:
             self._out_put,
             self._finish,
             self._flush,
+            self._spawn_for_life,
         )
         self._turns.exchanges = self._exchanges
         self._blame.attach(
@@ -331,6 +332,7 @@ class Host:
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
         await self._finish_commits()
+        await self._exchanges.end()
 
     def _has_words_left(self) -> bool:
         """Whether something waits to be sent or acknowledged, and there is a gateway for it."""
@@ -373,6 +375,10 @@ class Host:
         self._retrying = False
 
     # --- What turns produce -----------------------------------------------------------------------
+
+    def _spawn_for_life(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run something until this process ends, whatever becomes of the gateway."""
+        self._nursery.start_soon(function)
 
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)

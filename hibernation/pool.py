@@ -162,6 +162,11 @@ class Pool:
             return
         self._nursery.start_soon(function, *arguments)
 
+    def spawn_along(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Run something that belongs to what runs beside the rooms already, also during probation."""
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *arguments)
+
     async def _work(self) -> None:
         worker = Worker(self.running.take())
         worker.task = trio.lowlevel.current_task()

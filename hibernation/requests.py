@@ -4,21 +4,24 @@ Owns the way from plain fields, as the link carries them, to Quart's objects and
 before a host has its first request or upgrade to show to room code: Quart costs 35 MB. Its peers are
 `hibernation.host`, and the gateway, where `broker.gateway.http` makes the fields.
 
-A room answers with whatever a Quart view may return, without an application around it: there are no routes,
-sessions or templates here. Helpers of Quart that look for the current application (`jsonify`, `current_app`)
-find none.
+A room answers with whatever a Quart view may return. The application around it is an empty one, for those of
+Quart's helpers that need any (`jsonify`, `send_file`, `make_response`): there are no routes, sessions or
+templates here, and no current request.
 """
 
+import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from inspect import isasyncgen, isgenerator
 from typing import Any, Final, cast
 
 import trio
 from quart import json as quart_json
+from quart.ctx import AppContext
+from quart.globals import _cv_app
 from quart.wrappers.response import DataBody, ResponseBody
 from quart.wrappers.response import Response as QuartResponse
+from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioRequest, TrioResponse
 from quart_trio.wrappers.request import TrioBody
 from werkzeug.datastructures import Headers
@@ -27,6 +30,7 @@ from werkzeug.wrappers import Response as WerkzeugResponse
 
 from hibernation.errors import Refuse
 from hibernation.feeds import Feed
+from hibernation.replies import Reply
 
 __all__ = [
     "Reply",
@@ -34,6 +38,7 @@ __all__ = [
     "Response",
     "build_request",
     "error_reply",
+    "provide_app",
     "refusal",
     "request_fields",
     "to_reply",
@@ -46,6 +51,29 @@ TEXT: Final = ("content-type", "text/plain; charset=utf-8")
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+
+
+class _NoGlobals:
+    """In the place of `g`: one application serves all rooms, so nothing of one may be kept there."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"g.{name}: rooms have no `g`; keep it on self, or in room.storage")
+
+
+class _RoomsApp(QuartTrio):
+    app_ctx_globals_class = _NoGlobals  # type: ignore[assignment]
+
+
+_context: AppContext | None = None
+
+
+def provide_app() -> None:
+    """Give the running task the application that helpers of Quart look for."""
+    global _context
+    if _context is None:
+        app = _RoomsApp("broker.rooms", static_folder=None, template_folder=None, root_path=os.getcwd())
+        _context = AppContext(app)
+    _cv_app.set(_context)
 
 
 class Request(TrioRequest):
@@ -131,18 +159,6 @@ class _FedBody(TrioBody):
         return bytes(self._data)
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to a request, ready for the link.
-
-    An iterator `body` runs outside of any turn; whoever takes it must call its `aclose`, also after an error.
-    """
-
-    status: int
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | AsyncIterator[bytes] = b""
-
-
 def build_request(fields: Mapping[str, Any], feed: Feed | None = None) -> Request:
     """Make the request that hooks are given from what `broker.gateway.http.HttpRequest.fields` made.
 
@@ -194,6 +210,8 @@ async def to_reply(value: Any) -> Reply:
     Raises TypeError, which names the remedy, for anything else, and ValueError for a status or header that
     cannot be sent.
     """
+    if isinstance(value, Reply):
+        return value  # of a mounted application
     value, status, headers = _parts(value)
     if isinstance(value, Refuse | HTTPException):
         reply = error_reply(value)

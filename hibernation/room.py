@@ -9,7 +9,7 @@ gateway or counted in `_edits`, so that the next turn of the room reads them and
 event may still carry.
 """
 
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
@@ -23,7 +23,9 @@ from storage.shards import key_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
+    from hibernation.mounted import Application
     from hibernation.neighbours import Parties, Switchboard
+    from hibernation.replies import Reply
     from hibernation.requests import Request
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
@@ -835,10 +837,30 @@ class Lobby:
         parties: As `Room.parties`; but there is no turn, so a broadcast leaves at once.
     """
 
-    __slots__ = ("env", "id", "parties", "party")
+    __slots__ = ("_serve", "env", "id", "parties", "party")
 
-    def __init__(self, room: str | None, party: str, env: Mapping[str, str], parties: "Parties") -> None:
+    def __init__(
+        self,
+        room: str | None,
+        party: str,
+        env: Mapping[str, str],
+        parties: "Parties",
+        serve: Callable[["Application", "Request", "Lobby"], Awaitable["Reply"]],
+    ) -> None:
         self.id = room
         self.party = party
         self.env = env
         self.parties = parties
+        self._serve = serve
+
+    async def serve(self, app: "Application", request: "Request") -> Any:
+        """Have a web application answer a request; return what this gives. See `broker.mount`.
+
+        Args:
+            app: A `QuartTrio`, or any other ASGI application that runs on trio.
+            request: The one that the hook was given. What the app reads of its body the hook cannot.
+
+        Raises:
+            AppError: It is no application, or one for asyncio. And what the app raises.
+        """
+        return await self._serve(app, request, self)

@@ -10,7 +10,7 @@ next one.
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
 import trio
@@ -159,20 +159,25 @@ class Forward:
             if party.cors is not None and request.method == "OPTIONS" and _is_preflight(request.headers):
                 return HttpReply(204, list(party.cors))
             if not party.wants_request:
-                raise RequestRefused(404, "this party answers no requests")
+                raise RequestRefused(404, "this party answers no requests", party.cors or ())
             key, kind = f"{party.name}/{request.room}", wire.REQUEST
             shard = self.shard_of(key)
             if key in self._quarantine:
-                raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
+                headers = with_cors(QUARANTINED_RETRY_AFTER, party.cors or ())
+                raise RequestRefused(503, "this room does not start at the moment", headers)
         self._number = number = self._number + 1
         fields = request.fields()
         fields["party"] = party.name
         body = None if isinstance(request.body, bytes) else request.body
-        reply = await self._answered(Pending([kind, key, number, fields], shard, body))
+        try:
+            reply = await self._answered(Pending([kind, key, number, fields], shard, body))
+        except RequestRefused as refused:
+            if party.cors is None:
+                raise
+            headers = with_cors(refused.headers, party.cors)
+            raise RequestRefused(refused.status, refused.text, headers) from None
         if party.cors is not None:
-            given = {name.lower() for name, _ in reply.headers}
-            more = [(name, value) for name, value in party.cors if name.lower() not in given]
-            reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
+            reply = HttpReply(reply.status, with_cors(reply.headers, party.cors), reply.body)
         return reply
 
     async def call(self, call: "Call") -> HttpReply:
@@ -350,6 +355,13 @@ class Forward:
                 pending.host = host
                 pending.reading = pending.offset = 0
                 host.put(pending.item)
+
+
+def with_cors(headers: Iterable[tuple[str, str]], cors: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Headers, and those of the party's `cors` that are not among them."""
+    headers = list(headers)
+    given = {name.lower() for name, _ in headers}
+    return headers + [(name, value) for name, value in cors if name.lower() not in given]
 
 
 def _is_preflight(headers: list[tuple[str, str]]) -> bool:

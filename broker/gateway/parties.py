@@ -46,7 +46,7 @@ class PartyView:
             wants_message="on_message" in hooks,
             wants_close="on_close" in hooks,
             wants_request="on_request" in hooks,
-            wants_fetch="on_fetch" in hooks,
+            wants_fetch="on_fetch" in hooks or description.get("static", False),
             streams_requests=description.get("stream_requests", False),
             message_bytes_max=settings.message_bytes_max,
         )

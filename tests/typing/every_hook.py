@@ -18,6 +18,8 @@ from broker import (
     Response,
     Room,
     Server,
+    mount,
+    sse,
 )
 
 
@@ -117,6 +119,9 @@ class Main(Server):
 
     @staticmethod
     async def on_fetch(request: Request, lobby: Lobby) -> str | Response:
+        if request.path == "/site":
+            answer: Response = await lobby.serve(site, request)
+            return answer
         if request.args.get("room"):
             return await lobby.parties["plain"].get(request.args["room"]).fetch()
         return f"{request.path} belongs to no room of {lobby.party}"
@@ -143,3 +148,29 @@ class Plain(Server):
 
     @staticmethod
     def on_before_connect() -> None: ...
+
+
+async def site(scope: Any, receive: Any, send: Any) -> None:
+    """An application without a framework."""
+
+
+class Uploads(Server):
+    """Reads a body while it comes, and answers with events."""
+
+    stream_requests = True
+    static = None
+
+    async def on_request(self, request: Request) -> tuple[AsyncIterator[bytes], dict[str, str]]:
+        return self.events(request), {"Content-Type": "text/event-stream"}
+
+    async def events(self, request: Request) -> AsyncIterator[bytes]:
+        async for piece in request.body:
+            yield sse(len(piece), event="piece", id="1", retry=1000)
+        yield sse(request.caller, comment="who asked")
+
+
+class _WithPages(Server):
+    """A base for a main party: everything that is no room's is the application's."""
+
+    static = None
+    on_fetch = mount(site)
