@@ -683,6 +683,7 @@ async def test_a_client_that_breaks_off_a_streamed_body_cancels(chunked: bool) -
             raise AssertionError
 
         gateway.handler = answer
+        gateway.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_000_000)
         sock = socket.create_connection(gateway.address)
         length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 8000000"
         sock.sendall(get("/parties/streams/x", length, method="POST"))
