@@ -370,9 +370,13 @@ class Exchanges:
         if fields["method"] not in ("GET", "HEAD") and "on_fetch" in kind.hooks:
             return None
         assert kind.static is not None
-        return StaticFiles(kind.static).answer(
-            fields["method"], fields["path"], fields["raw_path"], fields["query"], fields["headers"]
-        )
+        try:
+            return StaticFiles(kind.static).answer(
+                fields["method"], fields["path"], fields["raw_path"], fields["query"], fields["headers"]
+            )
+        except OSError as error:
+            log.error("a file cannot be read", path=fields["path"], exc_info=error)
+            return Reply(500, _TEXT, b"internal server error\n")
 
     async def _answer(self, number: int, reply: Reply) -> None:
         """Answer a request with which no turn has to do."""

@@ -26,7 +26,8 @@ ROOM_ID_BYTES_MAX: Final = 512  # of UTF-8 (S1)
 #: Pairs of names and values, in either form.
 Pairs = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
-_METHOD: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VALUE: Final = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 _control = re.compile(r"[\x00-\x1f\x7f-\x9f]").search
 #: What stays as it is in the path of a fetch: it is written as in an address (RFC 3986, 3.3).
 _IN_PATH: Final = "/%:@!$&'()*+,;=-._~"
@@ -260,7 +261,7 @@ def request_of(
     Raises:
         TypeError, ValueError: Something cannot be sent.
     """
-    if not _METHOD.fullmatch(method):
+    if not _TOKEN.fullmatch(method):
         raise ValueError(f"{method!r} is no method: write GET, POST or the like")
     below, mark, text = path.partition("?")
     if below and not below.startswith("/"):
@@ -268,8 +269,12 @@ def request_of(
     below = quote(below, safe=_IN_PATH)
     queries = [quote(text, safe=_IN_PATH + "?")] if mark else []
     if query is not None:
-        queries.append(query if isinstance(query, str) else urlencode(_pairs(query), doseq=True))
-    pairs = [(name.lower(), str(value)) for name, value in _pairs(headers or ())]
+        queries.append(
+            quote(query, safe=_IN_PATH + "?")
+            if isinstance(query, str)
+            else urlencode(_pairs(query), doseq=True)
+        )
+    pairs = [_header(name, value) for name, value in _pairs(headers or ())]
     body, kind = _body_of(json, data)
     names = {name for name, _ in pairs}
     if kind and "content-type" not in names:
@@ -286,13 +291,23 @@ def request_of(
         "scheme": "http",
         "path": unquote(raw_path),
         "raw_path": raw_path,
-        "query": "&".join([each for each in queries if each]).encode("ascii", "replace"),
+        "query": "&".join([each for each in queries if each]).encode("ascii"),
         "headers": pairs,
         "body": body,
         "client": None,
         "http_version": "1.1",
         "rest": unquote(below),
     }
+
+
+def _header(name: str, value: Any) -> tuple[str, str]:
+    """A header as the gateway would have let it in (RFC 9110, 5.5 and 5.6.2)."""
+    text = str(value)
+    if not _TOKEN.fullmatch(name) or not _VALUE.fullmatch(text):
+        raise ValueError(
+            f"header {name!r} cannot be sent: names are tokens, values Latin-1 without line breaks"
+        )
+    return name.lower(), text
 
 
 def _pairs(given: Pairs) -> list[tuple[str, Any]]:

@@ -399,6 +399,41 @@ def test_death_of_the_other_room_s_host(broker):
     instance.end()
 
 
+def test_what_is_told_is_told_once_whoever_dies(broker):
+    """S22, S30: each of a row of turns tells another room something once, in their order, though the host
+    that runs them is killed among them, and then the gateway.
+    """
+    instance = Instance(broker(APP, hosts=1))
+    listener, client = instance.connect("other", "r"), instance.connect("main", "a")
+    for number in range(40):
+        client.send(f"tell other r {number}")
+    assert listener.receive() == "0"
+    instance.process.kill_host()
+    for number in range(40, 60):
+        client.send(f"tell other r {number}")
+    assert [listener.receive() for _ in range(30)] == [str(number) for number in range(1, 31)]
+    instance.process.kill_gateway()
+    assert [listener.receive() for _ in range(29)] == [str(number) for number in range(31, 60)]
+    assert listener.is_silent(0.3)
+    instance.end()
+
+
+def test_a_fetch_is_made_again_when_its_turn_is(broker):
+    """S30, S34: the gateway is killed while a room waits for another: both turns run again, and the client
+    has one answer.
+    """
+    instance = Instance(broker(APP, hosts=2))
+    instance.hold("hold-r")
+    client = instance.connect("main", "a")
+    client.send("fetch other r /hold")
+    eventually(instance.file("in-r").exists)
+    instance.process.kill_gateway()
+    instance.release("hold-r")
+    assert json.loads(client.receive())[:2] == [200, "released"]
+    assert say(client, "fetch", "other", "r", "/held")[1] == "1"
+    instance.end()
+
+
 def test_new_code_while_rooms_wait_for_each_other(broker):
     """S30, S32: a turn that has fetched a room of its own host, whose turn the old code does not begin any
     more, is run again by the new one.

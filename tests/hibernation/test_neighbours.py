@@ -85,7 +85,7 @@ def test_a_path_is_that_of_an_address() -> None:
     assert fields["path"] == "/parties/chat/a/ä/x y/A/ü"
     assert fields["rest"] == "/x y/A/ü"
     assert fields["query"] == b"q=1&r=%C3%9F&s=2&s=3&t=%C3%BC"
-    assert request_of("chat", "a", "?x=1", query="y=2")["query"] == b"x=1&y=2"
+    assert request_of("chat", "a", "?x=1", query="y=ü")["query"] == b"x=1&y=%C3%BC"
     assert request_of("chat", "a", "")["rest"] == ""
     with pytest.raises(ValueError, match="begins with a slash"):
         request_of("chat", "a", "x")
@@ -112,6 +112,14 @@ def test_bodies_have_their_type(given: dict[str, Any], body: bytes, kind: str | 
     assert all(name == name.lower() for name, _ in fields["headers"])
     if isinstance(given.get("headers"), list):
         assert [value for name, value in fields["headers"] if name == "x-a"] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"X A": "1"}, {"X-A": "1\r\nX-B: 2"}, {"X-A": "\0"}, {"X-A": "你"}, {"": "1"}]
+)
+def test_headers_that_cannot_be_sent(headers: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="cannot be sent"):
+        request_of("chat", "a", "", headers=headers)
 
 
 def test_a_fetch_has_one_body() -> None:
