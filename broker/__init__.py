@@ -22,14 +22,20 @@ from hibernation.errors import (
     BrokerError,
     ConnectionClosedError,
     DeadLetter,
+    FetchCircle,
+    FetchTimeout,
     HookError,
     LimitExceeded,
     Refuse,
     RoomGone,
     SettingError,
     TurnTimeout,
+    UnknownParty,
 )
+from hibernation.mounted import mount
+from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.sse import sse
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
 if TYPE_CHECKING:
@@ -44,9 +50,14 @@ __all__ = [
     "Lobby",
     "Storage",
     "AutoResponse",
+    "Parties",
+    "PartyRooms",
+    "OtherRoom",
     "Request",
     "Response",
     "Refuse",
+    "mount",
+    "sse",
     # errors
     "BrokerError",
     "AppError",
@@ -57,6 +68,9 @@ __all__ = [
     "RoomGone",
     "TurnTimeout",
     "DeadLetter",
+    "UnknownParty",
+    "FetchTimeout",
+    "FetchCircle",
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",

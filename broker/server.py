@@ -68,6 +68,10 @@ class Server:
     """Messages that the gateway answers without waking a room, such as {"ping": "pong"} (S16)."""
     cors: ClassVar[bool | Mapping[str, str]] = False
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
+    stream_requests: ClassVar[bool] = False
+    """Whether `on_request` is given a body while it comes: `async for piece in request.body` (S26)."""
+    static: ClassVar[str | None] = None
+    """Main party: a folder beside this file whose files answer requests that belong to no room (S26)."""
 
     # Settings of the instance that a class may set for its own rooms; bounds: hibernation/settings.py.
     start_timeout: ClassVar[float]
@@ -83,6 +87,8 @@ class Server:
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
     background_max: ClassVar[int]
+    fetch_timeout: ClassVar[float]
+    fetch_bytes_max: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]

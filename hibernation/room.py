@@ -11,7 +11,7 @@ connections onto these, where they are counted in `_edits` until the gateway kno
 room read them, and not the older ones that an event may still carry.
 """
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from json import dumps as dump_json
@@ -27,6 +27,9 @@ from storage.shards import key_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
+    from hibernation.mounted import Application
+    from hibernation.neighbours import Parties, Switchboard
+    from hibernation.replies import Reply
     from hibernation.requests import Request
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
@@ -87,6 +90,12 @@ class Turn:
         writes[key] = blob
 
 
+class Beside(Turn):
+    """What background work has staged: no other turn waits for it."""
+
+    __slots__ = ()
+
+
 class Edit:
     """What one turn has changed of a connection."""
 
@@ -134,6 +143,10 @@ class Backstage(Protocol):
 
     async def flush(self, turn: Turn) -> None:
         """Let leave what the turn has staged so far."""
+
+    @property
+    def switchboard(self) -> "Switchboard":
+        """What carries to other rooms."""
 
 
 class _Done:
@@ -719,6 +732,13 @@ class Room:
             storage = self._storage = Storage(self)
         return storage
 
+    @property
+    def parties(self) -> "Parties":
+        """The parties of the app, for `room.parties["chat"].get("lobby")`: other rooms (S30)."""
+        from hibernation.neighbours import Parties  # it needs what is defined here
+
+        return Parties(self._host.switchboard, self.key, self._settings, self._stage, self._is_in_turn)
+
     def broadcast(
         self,
         message: Message,
@@ -929,6 +949,17 @@ class Room:
             raise RoomGone(self.key)
         return turn
 
+    def _is_in_turn(self) -> bool:
+        """Whether the running task is in a turn of the room, and not in what runs beside turns."""
+        turn = _turn.get()
+        return turn.room is self and type(turn) is Turn
+
+    def _stage(self, effect: list[Any], size: int) -> None:
+        """Add an effect to the turn."""
+        turn = self._staging()
+        self._count(turn, size)
+        turn.effects.append(effect)
+
     def _count(self, turn: Turn, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
         total = turn.bytes + size
@@ -941,9 +972,9 @@ class Room:
             "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
         )
 
-    def _begin(self) -> Turn:
+    def _begin(self, kind: type[Turn] = Turn) -> Turn:
         """Open a turn, and make it that of the running task."""
-        turn = Turn(self)
+        turn = kind(self)
         _turn.set(turn)
         return turn
 
@@ -994,11 +1025,33 @@ class Lobby:
         id: The room's id; None where there is none (`on_fetch`, `on_cron`).
         party: The party's name.
         env: As `Room.env`.
+        parties: As `Room.parties`; but there is no turn, so a broadcast leaves at once.
     """
 
-    __slots__ = ("env", "id", "party")
+    __slots__ = ("_serve", "env", "id", "parties", "party")
 
-    def __init__(self, room: str | None, party: str, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        room: str | None,
+        party: str,
+        env: Mapping[str, str],
+        parties: "Parties",
+        serve: Callable[["Application", "Request", "Lobby"], Awaitable["Reply"]],
+    ) -> None:
         self.id = room
         self.party = party
         self.env = env
+        self.parties = parties
+        self._serve = serve
+
+    async def serve(self, app: "Application", request: "Request") -> Any:
+        """Have a web application answer a request; return what this gives. See `broker.mount`.
+
+        Args:
+            app: A `QuartTrio`, or any other ASGI application that runs on trio.
+            request: The one that the hook was given. What the app reads of its body the hook cannot.
+
+        Raises:
+            AppError: It is no application, or one for asyncio. And what the app raises.
+        """
+        return await self._serve(app, request, self)

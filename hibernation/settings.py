@@ -459,10 +459,41 @@ class Settings:
         GIB, 32 * MIB, 1024 * GIB, "Bytes of all spill files of a gateway.", rules=("S24",)
     )
     request_bytes_max: int = _bytes(
-        MIB, 0, 32 * MIB, "Bytes of a request's body; a larger one is answered with 413.", rules=("S26",)
+        16 * MIB,
+        0,
+        1024 * GIB,
+        "Bytes of a request's body; a larger one is answered with 413.",
+        rules=("S26",),
+    )
+    request_memory_bytes: int = _bytes(
+        MIB,
+        0,
+        32 * MIB,
+        "Bytes of a request's body that are kept in memory; a larger one waits in a spill file.",
+        rules=("S26",),
+    )
+    fetch_timeout: float = _seconds(
+        20.0,
+        0.01,
+        3600.0,
+        "How long a room that is fetched by another one, or by a static hook, has for its answer.",
+        scope="room",
+        rules=("S30",),
+    )
+    fetch_bytes_max: int = _bytes(
+        MIB,
+        KIB,
+        32 * MIB,
+        "Bytes of a body between rooms: of a fetch, and of the answer to it.",
+        scope="room",
+        rules=("S30",),
     )
     request_timeout_seconds: float = _seconds(
-        60.0, 0.05, 3600.0, "How long a client has for the body of a request.", rules=("S26",)
+        60.0,
+        0.05,
+        3600.0,
+        "How long a client has for the body of a request, and for each further MiB of a large one.",
+        rules=("S26",),
     )
 
     # What goes out

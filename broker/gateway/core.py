@@ -25,6 +25,8 @@ from cbor2 import dumps
 
 from broker.gateway.admin import Admin
 from broker.gateway.answers import RoomRules
+from broker.gateway.bodies import SpilledBody
+from broker.gateway.calls import Calls
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
@@ -153,6 +155,7 @@ class Gateway:
             quarantine=self.quarantine,
         )
         self.forward = Forward(self.links, self.links.flush, self.quarantine)
+        self.calls = Calls(self.forward, self.links.flush)
         self.effects = Effects(
             self.connections,
             self.rooms,
@@ -183,6 +186,8 @@ class Gateway:
         self.effects.on_retire = self._host_retires
         self.effects.on_answer = self._admin.answered
         self.effects.on_quarantine = self._quarantined
+        self.effects.on_call = self.calls.called
+        self.effects.waits_for = self.calls.waits_for
         self._take_over(rows, kept)
 
     # --- What a former gateway has left -----------------------------------------------------------
@@ -275,6 +280,7 @@ class Gateway:
             report(self.config.status_fd, "ready")  # the sockets are here: there is no way back
         try:
             async with trio.open_nursery() as nursery:
+                await nursery.start(self.calls.run)
                 nursery.start_soon(self.hub.run)
                 await nursery.start(self.http.run)
                 await self._told_to_end()
@@ -421,6 +427,7 @@ class Gateway:
 
     def _host_gone(self, host: HostLink) -> None:
         self.lifecycle.host_gone(host)
+        self.calls.host_gone(host)
         self.forward.host_gone(host)
         self._admin.host_gone(host)
 
@@ -434,6 +441,7 @@ class Gateway:
         for shard in host.shards:
             if self.links.by_shard[shard] is host:
                 self.links.by_shard[shard] = None
+        self.calls.host_retires(host)
 
     # --- The end ----------------------------------------------------------------------------------
 
@@ -594,6 +602,15 @@ class Gateway:
         """An upgrade on a kept-alive connection."""
         self.doors.give_back(sock, client)
         self._end_of_tick()
+
+    def streams(self, party: str | None) -> bool:
+        """Whether requests to this party are passed on before their body is there."""
+        view = self.parties.get("main" if party is None else party)
+        return view is not None and view.streams_requests
+
+    def spill(self) -> SpilledBody:
+        """A place for a body that is too large for memory."""
+        return SpilledBody(self.inbox.spills)
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """A request for a room, or for `on_fetch`."""

@@ -74,6 +74,8 @@ class Effects:
         self.on_answer: Callable[[int, Any], None]
         self.on_retire: Callable[[HostLink], None]
         self.on_quarantine: Callable[[str, str | None, float], None]
+        self.on_call: Callable[[HostLink | None, list[Any]], None]
+        self.waits_for: Callable[[str], list[str]]
         self.turns = 0
         self.broadcasts = 0
         self.deliveries = 0
@@ -90,7 +92,9 @@ class Effects:
             ),
             wire.CHUNK: lambda _, item: self._forward.chunk(item[1], item[2]),
             wire.FINISH: lambda _, item: self._forward.finish(item[1], item[2]),
+            wire.WANT: lambda _, item: self._forward.want(item[1], item[2], item[3]),
             wire.QUERY: self._query,
+            wire.CALL: lambda host, item: self.on_call(host, item),  # noqa: PLW0108 - it is set later
             wire.ANSWER: lambda _, item: self.on_answer(item[1], item[2]),
             wire.RETIRE: lambda host, _: self.on_retire(host) if host is not None else None,
             wire.SYNCED: lambda host, item: self._links.synced(host, item[1]) if host is not None else None,
@@ -324,7 +328,8 @@ class Effects:
     def _query(self, host: HostLink | None, item: list[Any]) -> None:
         _, question, key, what, argument = item
         if host is not None:
-            host.put([wire.REPLY, question, self.ask(key, what, argument)])
+            value = self.waits_for(key) if what == "waits for" else self.ask(key, what, argument)
+            host.put([wire.REPLY, question, value])
 
     def ask(self, key: str, what: str, argument: Any) -> Any:
         """Answer a question about a room's open connections, from memory: no socket is touched, no room

@@ -616,6 +616,11 @@ class Inbox:
         if self._connections.holds(slot, number):
             self.on_close_frame(slot, close.code, close.reason)
 
+    @property
+    def spills(self) -> Spills:
+        """All spill files of this gateway."""
+        return self._spills
+
     def forget_spills(self) -> None:
         """Remove the spill files of connections that have gone."""
         self._spills.forget_left()

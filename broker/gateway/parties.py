@@ -29,6 +29,7 @@ class PartyView:
     wants_close: bool
     wants_request: bool
     wants_fetch: bool
+    streams_requests: bool
     message_bytes_max: int
     auto_responses: tuple[Rule, ...]
     answers: Answers | None
@@ -52,7 +53,8 @@ class PartyView:
             wants_message="on_message" in hooks,
             wants_close="on_close" in hooks,
             wants_request="on_request" in hooks,
-            wants_fetch="on_fetch" in hooks,
+            wants_fetch="on_fetch" in hooks or description.get("static", False),
+            streams_requests=description.get("stream_requests", False),
             message_bytes_max=settings.message_bytes_max,
             auto_responses=rules,
             answers=Answers(rules) if rules else None,
@@ -62,7 +64,14 @@ class PartyView:
     def unknown(cls, name: str, settings: Settings) -> "PartyView":
         """A party of which only the name is known: nothing wakes its rooms."""
         return cls.from_description(
-            {"name": name, "hooks": [], "cors": None, "settings": {}, "hibernate": True, "subprotocols": []},
+            {
+                "name": name,
+                "hooks": [],
+                "cors": None,
+                "settings": {},
+                "hibernate": True,
+                "subprotocols": [],
+            },
             settings,
         )
 

@@ -147,6 +147,7 @@ def test_every_setting_of_rooms_is_declared_on_server_and_checked_when_a_class_i
 
 def test_server_declares_no_setting_that_rooms_cannot_have():
     own = {"room", "hibernate", "concurrency", "subprotocols", "auto_responses", "cors"}
+    own |= {"stream_requests", "static"}
     assert set(inspect.get_annotations(Server)) == own | {setting.name for setting in ROOM_SETTINGS}
 
 
@@ -161,6 +162,8 @@ def test_server_declares_no_setting_that_rooms_cannot_have():
         ("subprotocols", ["chat v2"], "without spaces"),
         ("subprotocols", ("chat\r\nX: y",), "without spaces"),
         ("subprotocols", [b"chat"], "tuple or list"),
+        ("stream_requests", 1, "True or False"),
+        ("static", "", "folder"),
         ("cors", "yes", "True, False, or headers"),
         ("cors", {"X": 1}, "headers"),
         ("cors", {"X Y": "z"}, "headers"),
@@ -292,6 +295,8 @@ def test_a_gateway_is_told_in_plain_values():
         "concurrency": "serial",
         "subprotocols": ["v1"],
         "auto_responses": [],
+        "stream_requests": False,
+        "static": False,
         "cors": [["A", "b"]],
         "settings": {"origins": ["https://a.example"]},
     }

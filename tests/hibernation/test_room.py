@@ -42,6 +42,10 @@ class FakeHost:
     async def flush(self, turn: Turn) -> None:
         raise AssertionError
 
+    @property
+    def switchboard(self) -> Any:
+        raise AssertionError("no other room is concerned")
+
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
         encode_for_link([argument])  # what cannot be sent would end the host
