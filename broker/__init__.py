@@ -16,19 +16,26 @@ Quart takes 35 MB, and many apps use it in annotations alone.
 from typing import TYPE_CHECKING
 
 from broker.server import Server
+from hibernation.auto_responses import AutoResponse
 from hibernation.errors import (
     AppError,
     BrokerError,
     ConnectionClosedError,
     DeadLetter,
+    FetchCircle,
+    FetchTimeout,
     HookError,
     LimitExceeded,
     Refuse,
     RoomGone,
     SettingError,
     TurnTimeout,
+    UnknownParty,
 )
+from hibernation.mounted import mount
+from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.sse import sse
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
 if TYPE_CHECKING:
@@ -42,9 +49,15 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "AutoResponse",
+    "Parties",
+    "PartyRooms",
+    "OtherRoom",
     "Request",
     "Response",
     "Refuse",
+    "mount",
+    "sse",
     # errors
     "BrokerError",
     "AppError",
@@ -55,6 +68,9 @@ __all__ = [
     "RoomGone",
     "TurnTimeout",
     "DeadLetter",
+    "UnknownParty",
+    "FetchTimeout",
+    "FetchCircle",
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",

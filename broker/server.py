@@ -6,9 +6,10 @@ and still type-checks. Its peers are `hibernation.party`, which knows the hooks,
 calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+from hibernation.auto_responses import AutoResponse
 from hibernation.party import check_class
 from hibernation.room import Room
 
@@ -63,8 +64,14 @@ class Server:
     requests; or all. Messages of one connection always begin, and take effect, in their order (S19)."""
     subprotocols: ClassVar[tuple[str, ...] | list[str]] = ()
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
+    auto_responses: ClassVar[Mapping[Any, str | bytes] | Sequence[AutoResponse]] = ()
+    """Messages that the gateway answers without waking a room, such as {"ping": "pong"} (S16)."""
     cors: ClassVar[bool | Mapping[str, str]] = False
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
+    stream_requests: ClassVar[bool] = False
+    """Whether `on_request` is given a body while it comes: `async for piece in request.body` (S26)."""
+    static: ClassVar[str | None] = None
+    """Main party: a folder beside this file whose files answer requests that belong to no room (S26)."""
 
     # Settings of the instance that a class may set for its own rooms; bounds: hibernation/settings.py.
     start_timeout: ClassVar[float]
@@ -76,12 +83,17 @@ class Server:
     tags_max: ClassVar[int]
     tag_bytes_max: ClassVar[int]
     state_bytes_max: ClassVar[int]
+    auto_responses_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
     background_max: ClassVar[int]
+    fetch_timeout: ClassVar[float]
+    fetch_bytes_max: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]
+    compression: ClassVar[Literal["off", "deflate"]]
+    compression_bytes_min: ClassVar[int]
     room_connections_max: ClassVar[int]
     origins: ClassVar[Literal["*"] | tuple[str, ...] | list[str] | None]
 

@@ -25,7 +25,7 @@ import trio
 from hibernation import wire
 from hibernation.cells import Cell
 from hibernation.pool import LOOK_SECONDS, Pool
-from hibernation.room import Room, Task, Turn
+from hibernation.room import Beside, Room, Task, Turn
 from hibernation.running import FAILED
 from hibernation.suspension import watched
 
@@ -134,7 +134,7 @@ class Background:
 
     async def _call(self, cell: Cell, room: Room, work: Work) -> BaseException | None:
         """Run the user's function; give what it raised, after dropping what it has staged."""
-        turn = room._begin()
+        turn = room._begin(Beside)
         try:
             result = work.function(*work.arguments)
             if type(result) is CoroutineType:

@@ -45,6 +45,7 @@ class Kind:
         "parameters",
         "settings",
         "starts",
+        "static",
     )
 
     def __init__(self, party: Party, base: Settings) -> None:
@@ -53,6 +54,8 @@ class Kind:
         self.hooks = party.hooks
         self.settings: RoomSettings = party.settings(base)
         self.hibernate = party.hibernate
+        #: The folder of files for requests that belong to no room.
+        self.static = party.static
         self.idle_seconds = self.settings.idle_seconds
         self.evicts_at_once = self.hibernate and not self.idle_seconds
         #: Turns of one room may overlap, and those of one connection too.
@@ -107,6 +110,8 @@ class Cell:
     overlap: "Overlap | None" = None
     #: It may not run before the disk takes what it has written.
     held = False
+    #: Its turn waits for a room of this host, which starts no more turns: the next host runs it again.
+    abandoned = False
 
     def __init__(self, key: str, kind: Kind) -> None:
         self.key = key

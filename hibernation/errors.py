@@ -12,9 +12,14 @@ wrong is no exception for anybody, but a status or a close code.
     ├── ConnectionClosedError    a send after the turn's own close
     ├── RoomGone                 a room was used after it had left memory
     ├── TurnTimeout              a hook took longer than it may
+    ├── UnknownParty             `parties[name]` of an app that has no such party
+    ├── FetchTimeout             another room did not answer in time
+    ├── FetchCircle              rooms wait for each other in a circle
     └── DeadLetter               an event ended its host again and again, and is given up
     Refuse                       no error: the answer of a before-hook
 """
+
+from collections.abc import Iterable, Sequence
 
 from storage.errors import BrokerError
 
@@ -23,12 +28,15 @@ __all__ = [
     "BrokerError",
     "ConnectionClosedError",
     "DeadLetter",
+    "FetchCircle",
+    "FetchTimeout",
     "HookError",
     "LimitExceeded",
     "Refuse",
     "RoomGone",
     "SettingError",
     "TurnTimeout",
+    "UnknownParty",
 ]
 
 
@@ -141,6 +149,54 @@ class TurnTimeout(BrokerError):
         self.hook = hook
         self.seconds = seconds
         self.setting = setting
+
+
+class UnknownParty(BrokerError, KeyError):
+    """`parties[name]` with a name that is none (S30). A KeyError, too.
+
+    `name` is what was given, `known` the names that there are.
+    """
+
+    def __init__(self, name: object, known: Iterable[str]) -> None:
+        self.name = name
+        self.known = tuple(known)
+        super().__init__(name)
+
+    def __str__(self) -> str:
+        return f"the app has no party {self.name!r}: there are {', '.join(self.known)}"
+
+
+class FetchTimeout(BrokerError):
+    """A room that was fetched did not answer within `fetch_timeout` (S30). What it did stands, if it did
+    anything; if its turn still ran, it was cancelled.
+
+    `room` is "party/id", `seconds` the time it had, `waits_for` the rooms that it waited for itself, each for
+    the next.
+    """
+
+    def __init__(self, room: str, seconds: float, waits_for: Sequence[str] = ()) -> None:
+        chain = f"; it waits for {' → '.join(waits_for)}" if waits_for else ""
+        super().__init__(
+            f"room {room!r} did not answer within {seconds:g} s{chain}; `fetch_timeout` allows more"
+        )
+        self.room = room
+        self.seconds = seconds
+        self.waits_for = tuple(waits_for)
+
+
+class FetchCircle(BrokerError):
+    """A fetch that would never be answered: the rooms wait for each other in a circle (S30).
+
+    Raised at once by the fetch that would close it. `circle` names the rooms, "party/id", each of which waits
+    for the next; the first is the one that fetches, and the last one, too.
+    """
+
+    def __init__(self, circle: Sequence[str]) -> None:
+        super().__init__(
+            f"rooms wait for each other in a circle: {' → '.join(circle)}; answer one of these requests"
+            " without fetching, or fetch outside of a turn"
+        )
+        self.circle = tuple(circle)
 
 
 class DeadLetter(BrokerError):

@@ -31,6 +31,7 @@ import signal
 import socket
 import sys
 from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from select import EPOLLIN, EPOLLOUT, epoll
 from typing import Any, Final
 
@@ -44,13 +45,14 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
-from hibernation.errors import RoomGone
+from hibernation.errors import RoomGone, UnknownParty
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
 from hibernation.room import Connection, Edit, Turn
+from hibernation.settings import Settings
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.shards import Shard
@@ -171,9 +173,11 @@ class Host:
             self._turns,
             self._pool,
             self._commits,
+            self,
             self._out_put,
             self._finish,
             self._flush,
+            self._spawn_for_life,
         )
         self._turns.exchanges = self._exchanges
         self._blame.attach(
@@ -367,6 +371,7 @@ class Host:
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
         await self._finish_commits()
+        await self._exchanges.end()
 
     async def _end_background(self) -> None:
         """Cancel the background work that there is, and let it clean up."""
@@ -416,6 +421,10 @@ class Host:
         self._retrying = False
 
     # --- What turns produce -----------------------------------------------------------------------
+
+    def _spawn_for_life(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run something until this process ends, whatever becomes of the gateway."""
+        self._nursery.start_soon(function)
 
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)
@@ -642,6 +651,8 @@ class Host:
             self._exchanges.fetched(item)
         elif kind == wire.CREDIT:
             self._exchanges.credit(item[1], item[2])
+        elif kind == wire.BODY:
+            self._exchanges.body(item[1], item[2], item[3], item[4])
         elif kind == wire.CANCEL:
             self._exchanges.cancel(item[1])
         elif kind == wire.ASK:
@@ -694,9 +705,13 @@ class Host:
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
         self._question = number = self._question + 1
-        item = [wire.QUERY, number, key, what, argument]
+        return await self._ask([wire.QUERY, number, key, what, argument])
+
+    async def _ask(self, item: list[Any]) -> Any:
+        """Put a question to the gateway; one that comes while there is none, or a new one, is asked then."""
+        number = item[1]
         self._questions[number] = trio.lowlevel.current_task(), item
-        if self._synced:  # else it is asked then
+        if self._synced:
             self._out.append(item)
 
         def abort(_: Any) -> trio.lowlevel.Abort:
@@ -744,6 +759,63 @@ class Host:
         if wanted is not None and self._has_room():
             self._room_wanted = None
             wanted.set()
+
+    # --- What `neighbours.Switchboard` promises ---------------------------------------------------
+
+    @property
+    def switchboard(self) -> "Host":
+        """What carries to other rooms."""
+        return self
+
+    def party_names(self) -> Iterable[str]:
+        """The names under which parties can be reached."""
+        return list(self._kinds)
+
+    def party_name(self, name: str) -> str:
+        """The one name of a party."""
+        kind = self._kinds.get(name)
+        if kind is None:
+            raise UnknownParty(name, self._kinds)
+        return kind.name
+
+    async def waits_for(self, key: str) -> list[str]:
+        """The rooms that a room waits for, each for the next."""
+        found: list[str] = await self.ask_gateway(key, "waits for", None)
+        return found
+
+    async def call_room(
+        self, caller: str, key: str, fields: dict[str, Any], *, in_turn: bool, settings: Settings
+    ) -> list[Any]:
+        """Have another room answer. Cancelled: its turn is cancelled, too."""
+        cell = self._pool.cells.get(caller) if in_turn else None
+        kind = self._kinds[caller.partition("/")[0]]
+        serial = in_turn and getattr(kind.cls, "concurrency", "serial") == "serial"
+        answer = ["late"]
+        with trio.move_on_after(settings.fetch_timeout):
+            if cell is not None and cell.gate:
+                # What earlier turns wrote, and this one may have read, must not be told before it is on disk
+                # (H2).
+                stored = trio.Event()
+                self._commits.after(cell, stored.set)
+                self._flush()
+                await stored.wait()
+            if self._pool.retiring:
+                answer = ["retiring"]
+            else:
+                self._question = number = self._question + 1
+                try:
+                    answer = await self._ask(
+                        [wire.CALL, number, caller, serial, key, fields, settings.fetch_bytes_max]
+                    )
+                except trio.Cancelled:
+                    self._out.append([wire.CALL, number])
+                    self._flush()
+                    raise
+        if answer[0] == "retiring":
+            if cell is not None:
+                cell.abandoned = True  # the turn is not waited for, and the next host runs it again
+            await trio.sleep_forever()
+        return answer
 
     async def _is_deserted(self, key: str) -> bool:
         return not await self.ask_gateway(key, "count", [[], [], []])

@@ -7,11 +7,14 @@ loads them.
 """
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal, cast, get_args
 
-from hibernation.errors import AppError, HookError, SettingError
+from hibernation.auto_responses import AutoResponse, read_rules, to_plain
+from hibernation.errors import AppError, HookError, LimitExceeded, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
 from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
 
@@ -25,7 +28,16 @@ MAIN: Final = "main"
 
 _ROOM_NAMES: Final = {setting.name: setting for setting in ROOM_SETTINGS}
 _INSTANCE_NAMES: Final = {setting.name: setting for setting in SETTINGS if setting.scope == "instance"}
-_CLASS_NAMES: Final = (*_ROOM_NAMES, "hibernate", "concurrency", "subprotocols", "cors")
+_CLASS_NAMES: Final = (
+    *_ROOM_NAMES,
+    "hibernate",
+    "concurrency",
+    "subprotocols",
+    "auto_responses",
+    "cors",
+    "stream_requests",
+    "static",
+)
 _PLAIN: Final = (bool, int, float, str, bytes, tuple, list, set, frozenset, dict)
 
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
@@ -45,8 +57,10 @@ class Party:
 
     `aliases` is ("main",) where `/party/ID` leads here under another name. `hooks` are the names of the hooks
     that it defines, `specs` how each is called; `has_on_start` and `on_message_parameters` repeat what every
-    wake and every message asks of them. `cors` are the headers for its answers, or None. `overrides` are the
-    settings that stand on the class.
+    wake and every message asks of them. `auto_responses` are answered without its rooms. `cors` are the
+    headers for its answers, or None. `overrides` are the settings that stand on the class. `stream_requests`:
+    a request's turn begins before its body is there. `static`: the folder whose files answer requests that
+    belong to no room.
     """
 
     name: str
@@ -59,7 +73,10 @@ class Party:
     hibernate: bool = True
     concurrency: Concurrency = "serial"
     subprotocols: tuple[str, ...] = ()
+    auto_responses: tuple[AutoResponse, ...] = ()
     cors: tuple[tuple[str, str], ...] | None = None
+    stream_requests: bool = False
+    static: Path | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -81,10 +98,13 @@ class Party:
             hooks=frozenset(specs),
             has_on_start="on_start" in specs,
             on_message_parameters=specs["on_message"].parameters if "on_message" in specs else 0,
-            hibernate=_hibernate(server),
+            hibernate=_flag(server, "hibernate"),
             concurrency=_concurrency(server),
             subprotocols=_subprotocols(server),
+            auto_responses=_auto_responses(server),
             cors=_cors(server),
+            stream_requests=_flag(server, "stream_requests"),
+            static=_static_folder(server),
             overrides=_overrides(server),
         )
 
@@ -97,6 +117,13 @@ class Party:
         values |= self.overrides
         if values["idle_seconds"] is None:
             values["idle_seconds"] = 0.0 if self.hibernate else 10.0  # S6
+        count, most = len(self.auto_responses), values["auto_responses_max"]
+        if count > most:
+            raise SettingError(
+                f"{self.cls.__name__}.auto_responses{where(self.cls)}",
+                f"{count} rules, and at most {most} are allowed; leave some to on_message, or raise"
+                " auto_responses_max",
+            )
         try:
             return RoomSettings(hibernate=self.hibernate, **values)
         except SettingError as error:
@@ -121,6 +148,9 @@ class Party:
             "hibernate": self.hibernate,
             "concurrency": self.concurrency,
             "subprotocols": list(self.subprotocols),
+            "auto_responses": to_plain(self.auto_responses),
+            "stream_requests": self.stream_requests,
+            "static": self.static is not None,
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
                 name: list(value) if isinstance(value, tuple) else value
@@ -146,6 +176,13 @@ def make_parties(classes: Sequence[type[Any]]) -> list[Party]:
                 f"{other.__name__}{where(other)} and {server.__name__}{where(server)}"
                 f' would both be the party "{party.name}": rename one of them'
             )
+        if party.static is not None:
+            owner, value = find(server, "static")
+            if not any(issubclass(main, owner) for main in mains):
+                raise SettingError(
+                    _source(owner, "static", value),
+                    f'set it on the main party: this is the party "{party.name}" of several',
+                )
         for name in sorted(party.hooks):
             owner, value = find(server, name)
             # A base that the main party shares may define it for that one.
@@ -175,9 +212,12 @@ def check_class(server: type[Any]) -> dict[str, HookSpec]:
     """
     specs = check_hooks(server)
     _check_names(server)
-    _hibernate(server)
+    _flag(server, "hibernate")
+    _flag(server, "stream_requests")
+    _static_name(server)
     _concurrency(server)
     _subprotocols(server)
+    _auto_responses(server)
     _cors(server)
     _overrides(server)
     return specs
@@ -208,11 +248,11 @@ def _check_name(owner: type[Any], name: str, value: object) -> None:
         )
 
 
-def _hibernate(server: type[Any]) -> bool:
-    owner, value = find(server, "hibernate")
+def _flag(server: type[Any], name: str) -> bool:
+    owner, value = find(server, name)
     if isinstance(value, bool):
         return value
-    raise SettingError(_source(owner, "hibernate", value), "give True or False", given=value)
+    raise SettingError(_source(owner, name, value), "give True or False", given=value)
 
 
 def _concurrency(server: type[Any]) -> Concurrency:
@@ -225,6 +265,30 @@ def _concurrency(server: type[Any]) -> Concurrency:
     )
 
 
+def _static_name(server: type[Any]) -> str | None:
+    owner, value = find(server, "static")
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise SettingError(
+        _source(owner, "static", value),
+        'give the name of a folder beside the file of the class, such as "public", or None',
+        given=value,
+    )
+
+
+def _static_folder(server: type[Any]) -> Path | None:
+    """The folder of `static`, beside the file of the class that says it."""
+    name = _static_name(server)
+    if name is None:
+        return None
+    owner, _ = find(server, "static")
+    file = getattr(sys.modules.get(owner.__module__), "__file__", None)
+    folder = Path(file).resolve().parent / name if file else Path(name).resolve()
+    if not folder.is_dir():
+        raise SettingError(_source(owner, "static", name), f"make the folder {folder}: there is none")
+    return folder
+
+
 def _subprotocols(server: type[Any]) -> tuple[str, ...]:
     owner, value = find(server, "subprotocols")
     if isinstance(value, tuple | list) and all(isinstance(v, str) and _TOKEN.fullmatch(v) for v in value):
@@ -234,6 +298,16 @@ def _subprotocols(server: type[Any]) -> tuple[str, ...]:
         'give a tuple or list of names without spaces and commas, such as ("chat.v2", "chat.v1")',
         given=value,
     )
+
+
+def _auto_responses(server: type[Any]) -> tuple[AutoResponse, ...]:
+    owner, value = find(server, "auto_responses")
+    if owner is object:
+        return ()
+    try:
+        return read_rules(value)
+    except (TypeError, ValueError, LimitExceeded) as error:
+        raise SettingError(f"{owner.__name__}.auto_responses{where(owner)}", str(error)) from None
 
 
 def _cors(server: type[Any]) -> tuple[tuple[str, str], ...] | None:

@@ -166,6 +166,11 @@ class Pool:
             return
         self._nursery.start_soon(function, *arguments)
 
+    def spawn_along(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
+        """Run something that belongs to what runs beside the rooms already, also during probation."""
+        if self._nursery is not None:
+            self._nursery.start_soon(function, *arguments)
+
     async def _work(self) -> None:
         worker = Worker(self.running.take())
         worker.task = trio.lowlevel.current_task()
@@ -247,7 +252,7 @@ class Pool:
     @property
     def busy(self) -> bool:
         """Whether a turn is under way."""
-        return any(worker.cell is not None for worker in self._workers)
+        return any(worker.cell is not None and not worker.cell.abandoned for worker in self._workers)
 
     def retire(self) -> None:
         """Start no more turns; the events that have not begun are somebody else's."""
@@ -770,7 +775,7 @@ class Pool:
                     self.activate()
             for worker in self._workers:
                 running = worker.cell
-                if running is None or not worker.event:
+                if running is None or not worker.event or running.abandoned:
                     continue
                 if now - worker.started >= running.kind.settings.turn_timeout:
                     worker.cancel()

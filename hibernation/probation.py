@@ -9,8 +9,9 @@ for turns that wait themselves. One that comes later is run when those under way
 begins before it. Those that have not come after `probation_seconds` are forgotten, but for the blamed.
 
 Invariants:
-    B4  while something runs alone, no other turn and no static hook begins, and none is under way but a
-        streamed answer that did not end within COMPANY_SECONDS
+    B4  while something runs alone, no other turn and no static hook begins but what rooms fetch from each
+        other, which is what it may wait for, and none is under way but a streamed answer that did not end
+        within COMPANY_SECONDS
 """
 
 from collections import deque
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final
 
+from hibernation import wire
 from hibernation.cells import Cell, Event
 from hibernation.running import Mark, mark_of, mark_of_start
 from hibernation.suspects import Suspect, Suspects, Verdict
@@ -118,7 +120,10 @@ class Probation:
             others: How many static hooks and streamed answers are.
         """
         if self.alone is not None:
-            return None
+            asked_for = next((cell for cell in ready if _is_fetch(cell.events[0])), None)
+            if asked_for is not None:
+                ready.remove(asked_for)
+            return asked_for
         chosen = self._next()
         if chosen is None:
             self._waits_since = 0.0
@@ -151,6 +156,8 @@ class Probation:
         """Whether a burst that is under way may begin one more turn."""
         if self.alone is cell:
             return cell in self._accused  # the rest of its events run as those of any room
+        if self.alone is not None:
+            return _is_fetch(cell.events[0])
         return cell not in self._accused and self._next() is None
 
     def judge(self, event: Event) -> Verdict:
@@ -200,3 +207,8 @@ class Probation:
     def over(self) -> bool:
         """Whether nothing is left to be judged."""
         return not self.suspects.by_mark and not self._errands and self.alone is None
+
+
+def _is_fetch(event: Event) -> bool:
+    """Whether another room has asked for this, and its turn may wait for it (S30)."""
+    return event[0] == wire.REQUEST and "caller" in event[3]

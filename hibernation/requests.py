@@ -4,27 +4,33 @@ Owns the way from plain fields, as the link carries them, to Quart's objects and
 before a host has its first request or upgrade to show to room code: Quart costs 35 MB. Its peers are
 `hibernation.host`, and the gateway, where `broker.gateway.http` makes the fields.
 
-A room answers with whatever a Quart view may return, without an application around it: there are no routes,
-sessions or templates here. Helpers of Quart that look for the current application (`jsonify`, `current_app`)
-find none.
+A room answers with whatever a Quart view may return. The application around it is an empty one, for those of
+Quart's helpers that need any (`jsonify`, `send_file`, `make_response`): there are no routes, sessions or
+templates here, and no current request.
 """
 
+import os
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping
 from inspect import isasyncgen, isgenerator
 from typing import Any, Final, cast
 
 import trio
 from quart import json as quart_json
+from quart.ctx import AppContext
+from quart.globals import _cv_app
 from quart.wrappers.response import DataBody, ResponseBody
 from quart.wrappers.response import Response as QuartResponse
+from quart_trio import QuartTrio
 from quart_trio.wrappers import TrioRequest, TrioResponse
+from quart_trio.wrappers.request import TrioBody
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response as WerkzeugResponse
 
 from hibernation.errors import Refuse
+from hibernation.feeds import Feed
+from hibernation.replies import Reply
 
 __all__ = [
     "Reply",
@@ -32,6 +38,7 @@ __all__ = [
     "Response",
     "build_request",
     "error_reply",
+    "provide_app",
     "refusal",
     "request_fields",
     "to_reply",
@@ -46,19 +53,44 @@ _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
+class _NoGlobals:
+    """In the place of `g`: one application serves all rooms, so nothing of one may be kept there."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"g.{name}: rooms have no `g`; keep it on self, or in room.storage")
+
+
+class _RoomsApp(QuartTrio):
+    app_ctx_globals_class = _NoGlobals  # type: ignore[assignment]
+
+
+_context: AppContext | None = None
+
+
+def provide_app() -> None:
+    """Give the running task the application that helpers of Quart look for."""
+    global _context
+    if _context is None:
+        app = _RoomsApp("broker.rooms", static_folder=None, template_folder=None, root_path=os.getcwd())
+        _context = AppContext(app)
+    _cv_app.set(_context)
+
+
 class Request(TrioRequest):
-    """Quart's request, whose body has arrived, with the path below the room.
+    """Quart's request, with the path below the room.
 
     `rest` is "" or "/…", percent-decoded; `path` is the whole decoded path, `scope["raw_path"]` (bytes) that
-    path as it was sent. `headers` may be changed in `on_before_connect` and `on_before_request`; hooks that
+    path as it was sent. `caller` is "party/id" of the room that fetches, "party/" of a static hook that does,
+    and None for a client. `headers` may be changed in `on_before_connect` and `on_before_request`; hooks that
     run later see it.
     """
 
     rest: str
+    caller: str | None
     max_form_parts = 1000
     max_form_memory_size = None  # the body is in memory already
 
-    def __init__(self, fields: Mapping[str, Any]) -> None:
+    def __init__(self, fields: Mapping[str, Any], feed: Feed | None = None) -> None:
         headers = Headers([(name, value) for name, value in fields["headers"]])
         client = fields.get("client") or ("", 0)
         scope: Any = {
@@ -89,28 +121,51 @@ class Request(TrioRequest):
         )
         self.remote_addr = client[0] or None
         self.rest = fields.get("rest", "")
-        self.body.set_result(fields.get("body", b""))
+        self.caller = fields.get("caller")
+        if feed is None:
+            self.body.set_result(fields.get("body", b""))
+        else:
+            self.body = _FedBody(feed)
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to a request, ready for the link.
+class _FedBody(TrioBody):
+    """A body of which the next piece is asked for when it is read."""
 
-    An iterator `body` runs outside of any turn; whoever takes it must call its `aclose`, also after an error.
-    """
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(None, None)
+        self._feed = feed
+        self._gathering = trio.Lock()
 
-    status: int
-    headers: list[tuple[str, str]] = field(default_factory=list)
-    body: bytes | AsyncIterator[bytes] = b""
+    async def __anext__(self) -> bytes:
+        if self._complete.is_set():
+            return await super().__anext__()
+        piece = await self._feed.receive()
+        if not piece:
+            self.set_complete()
+            raise StopAsyncIteration
+        return piece
+
+    def __await__(self) -> Generator[Any, None, bytes]:
+        return self._gather().__await__()
+
+    async def _gather(self) -> bytes:
+        async with self._gathering:
+            while not self._complete.is_set():
+                piece = await self._feed.receive()
+                if piece:
+                    self._data += piece
+                else:
+                    self.set_complete()
+        return bytes(self._data)
 
 
-def build_request(fields: Mapping[str, Any]) -> Request:
+def build_request(fields: Mapping[str, Any], feed: Feed | None = None) -> Request:
     """Make the request that hooks are given from what `broker.gateway.http.HttpRequest.fields` made.
 
     Needed are method, scheme, path, query (bytes) and headers (pairs, lower-case names); raw_path, rest,
-    body, client and http_version may be missing.
+    body, client and http_version may be missing. A body that comes in pieces comes from `feed`.
     """
-    return Request(fields)
+    return Request(fields, feed)
 
 
 def request_fields(request: Request) -> dict[str, Any]:
@@ -155,6 +210,8 @@ async def to_reply(value: Any) -> Reply:
     Raises TypeError, which names the remedy, for anything else, and ValueError for a status or header that
     cannot be sent.
     """
+    if isinstance(value, Reply):
+        return value  # of a mounted application
     value, status, headers = _parts(value)
     if isinstance(value, Refuse | HTTPException):
         reply = error_reply(value)

@@ -11,20 +11,25 @@ connections onto these, where they are counted in `_edits` until the gateway kno
 room read them, and not the older ones that an event may still carry.
 """
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
 from contextvars import ContextVar
+from datetime import UTC, datetime
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 
 from cbor2 import loads
 
 from hibernation import wire
+from hibernation.auto_responses import AutoResponse
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.settings import Settings
 from storage.shards import key_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
+    from hibernation.mounted import Application
+    from hibernation.neighbours import Parties, Switchboard
+    from hibernation.replies import Reply
     from hibernation.requests import Request
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
@@ -85,6 +90,12 @@ class Turn:
         writes[key] = blob
 
 
+class Beside(Turn):
+    """What background work has staged: no other turn waits for it."""
+
+    __slots__ = ()
+
+
 class Edit:
     """What one turn has changed of a connection."""
 
@@ -132,6 +143,10 @@ class Backstage(Protocol):
 
     async def flush(self, turn: Turn) -> None:
         """Let leave what the turn has staged so far."""
+
+    @property
+    def switchboard(self) -> "Switchboard":
+        """What carries to other rooms."""
 
 
 class _Done:
@@ -220,7 +235,7 @@ class Connection:
     )
 
     #: Why the connection ended, in `on_close`: client_close, client_gone, ping_timeout, slow_consumer,
-    #: too_big, protocol_error, server_close, replaced or gateway_lost. None while it is open.
+    #: too_big, protocol_error, server_close, replaced, limit or gateway_lost. None while it is open.
     close_cause: str | None
 
     def __init__(self, room: "Room", slot: int, number: int, card: bytes, state: bytes | None) -> None:
@@ -364,6 +379,13 @@ class Connection:
             return
         self._change(turn).closed = True
         turn.effects.append([wire.SHUT, self._slot, self._number, code, reason])
+
+    async def auto_response_at(self) -> datetime | None:
+        """When the gateway last answered this client by itself, in UTC; None: never. Asks the gateway."""
+        answered_ms = await self._room._host.ask_gateway(
+            self._room.key, "answered", [self._slot, self._number]
+        )
+        return None if answered_ms is None else datetime.fromtimestamp(answered_ms / 1000, UTC)
 
     def _edit(self) -> Edit | None:
         """What the running turn has changed here."""
@@ -710,6 +732,13 @@ class Room:
             storage = self._storage = Storage(self)
         return storage
 
+    @property
+    def parties(self) -> "Parties":
+        """The parties of the app, for `room.parties["chat"].get("lobby")`: other rooms (S30)."""
+        from hibernation.neighbours import Parties  # it needs what is defined here
+
+        return Parties(self._host.switchboard, self.key, self._settings, self._stage, self._is_in_turn)
+
     def broadcast(
         self,
         message: Message,
@@ -846,6 +875,49 @@ class Room:
         """
         await self._host.flush(self._staging())
 
+    def set_auto_response(
+        self, request: str | bytes, reply: str | bytes | None, *, prefix: bool = False
+    ) -> None:
+        """Have the gateway answer a message by itself from now on, for every connection of this room: no
+        room wakes, and no hook sees the message.
+
+        Kept for ever, over hibernation, new code and restarts, until it is taken away. It goes before the
+        party's own `auto_responses`. Of more than auto_responses_max [16], set in several turns, the one that
+        was set first goes.
+
+        Args:
+            request: What is answered: str or bytes, at most 2,048 bytes.
+            reply: What with: str or bytes, at most 2,048 bytes. None takes the rule away.
+            prefix: Whether a message may go on behind the request, which must not be empty then.
+
+        Raises:
+            TypeError, ValueError: No such request or reply.
+            LimitExceeded: One of more than 2,048 bytes, or more rules in this turn than auto_responses_max.
+        """
+        turn = self._staging()
+        effects = turn.effects
+        rule = AutoResponse(request, "" if reply is None else reply, prefix)
+        kept, most = None if reply is None else rule.reply, self._settings.auto_responses_max
+        effect = [wire.AUTO, self.key, rule.request, kept, rule.prefix, most]
+        standing = set()
+        for each in [*effects, effect]:
+            if each[0] == wire.AUTO:
+                name = (type(each[2]), each[2], each[4])
+                if each[3] is None:
+                    standing.discard(name)
+                else:
+                    standing.add(name)
+        if len(standing) > most:
+            raise LimitExceeded(
+                "automatic responses of a room",
+                len(standing),
+                most,
+                "rules",
+                remedy="set fewer, or raise auto_responses_max",
+            )
+        self._count(turn, _size(rule.request) + _size(rule.reply))
+        effects.append(effect)
+
     def hibernate(self) -> None:
         """Ask to be evicted at the end of this turn, whatever idle_seconds says; while background work runs,
         at its end.
@@ -877,6 +949,17 @@ class Room:
             raise RoomGone(self.key)
         return turn
 
+    def _is_in_turn(self) -> bool:
+        """Whether the running task is in a turn of the room, and not in what runs beside turns."""
+        turn = _turn.get()
+        return turn.room is self and type(turn) is Turn
+
+    def _stage(self, effect: list[Any], size: int) -> None:
+        """Add an effect to the turn."""
+        turn = self._staging()
+        self._count(turn, size)
+        turn.effects.append(effect)
+
     def _count(self, turn: Turn, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
         total = turn.bytes + size
@@ -889,9 +972,9 @@ class Room:
             "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
         )
 
-    def _begin(self) -> Turn:
+    def _begin(self, kind: type[Turn] = Turn) -> Turn:
         """Open a turn, and make it that of the running task."""
-        turn = Turn(self)
+        turn = kind(self)
         _turn.set(turn)
         return turn
 
@@ -942,11 +1025,33 @@ class Lobby:
         id: The room's id; None where there is none (`on_fetch`, `on_cron`).
         party: The party's name.
         env: As `Room.env`.
+        parties: As `Room.parties`; but there is no turn, so a broadcast leaves at once.
     """
 
-    __slots__ = ("env", "id", "party")
+    __slots__ = ("_serve", "env", "id", "parties", "party")
 
-    def __init__(self, room: str | None, party: str, env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        room: str | None,
+        party: str,
+        env: Mapping[str, str],
+        parties: "Parties",
+        serve: Callable[["Application", "Request", "Lobby"], Awaitable["Reply"]],
+    ) -> None:
         self.id = room
         self.party = party
         self.env = env
+        self.parties = parties
+        self._serve = serve
+
+    async def serve(self, app: "Application", request: "Request") -> Any:
+        """Have a web application answer a request; return what this gives. See `broker.mount`.
+
+        Args:
+            app: A `QuartTrio`, or any other ASGI application that runs on trio.
+            request: The one that the hook was given. What the app reads of its body the hook cannot.
+
+        Raises:
+            AppError: It is no application, or one for asyncio. And what the app raises.
+        """
+        return await self._serve(app, request, self)

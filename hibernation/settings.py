@@ -333,6 +333,14 @@ class Settings:
     state_bytes_max: int = _bytes(
         16 * KIB, 16, MIB, "Bytes of one connection's state, as CBOR.", scope="room", rules=("S13",)
     )
+    auto_responses_max: int = _count(
+        16,
+        0,
+        1024,
+        "Automatic responses that a party may declare, and that one room may set.",
+        scope="room",
+        rules=("S16",),
+    )
     close_timeout_seconds: float = _seconds(
         5.0,
         0.05,
@@ -451,10 +459,41 @@ class Settings:
         GIB, 32 * MIB, 1024 * GIB, "Bytes of all spill files of a gateway.", rules=("S24",)
     )
     request_bytes_max: int = _bytes(
-        MIB, 0, 32 * MIB, "Bytes of a request's body; a larger one is answered with 413.", rules=("S26",)
+        16 * MIB,
+        0,
+        1024 * GIB,
+        "Bytes of a request's body; a larger one is answered with 413.",
+        rules=("S26",),
+    )
+    request_memory_bytes: int = _bytes(
+        MIB,
+        0,
+        32 * MIB,
+        "Bytes of a request's body that are kept in memory; a larger one waits in a spill file.",
+        rules=("S26",),
+    )
+    fetch_timeout: float = _seconds(
+        20.0,
+        0.01,
+        3600.0,
+        "How long a room that is fetched by another one, or by a static hook, has for its answer.",
+        scope="room",
+        rules=("S30",),
+    )
+    fetch_bytes_max: int = _bytes(
+        MIB,
+        KIB,
+        32 * MIB,
+        "Bytes of a body between rooms: of a fetch, and of the answer to it.",
+        scope="room",
+        rules=("S30",),
     )
     request_timeout_seconds: float = _seconds(
-        60.0, 0.05, 3600.0, "How long a client has for the body of a request.", rules=("S26",)
+        60.0,
+        0.05,
+        3600.0,
+        "How long a client has for the body of a request, and for each further MiB of a large one.",
+        rules=("S26",),
     )
 
     # What goes out
@@ -481,6 +520,22 @@ class Settings:
         "close",
         ("close", "drop_oldest", "drop_newest"),
         "What happens at a full outbox: the connection is closed (1013), or messages are dropped.",
+        scope="room",
+        rules=("S25",),
+    )
+
+    compression: Literal["off", "deflate"] = _choice(
+        "off",
+        ("off", "deflate"),
+        "Whether permessage-deflate (RFC 7692) is agreed to where a client offers it.",
+        scope="room",
+        rules=("S40",),
+    )
+    compression_bytes_min: int = _bytes(
+        KIB,
+        1,
+        32 * MIB,
+        "Bytes of a message below which it is sent as it is, also where compression is agreed on.",
         scope="room",
         rules=("S25",),
     )

@@ -39,6 +39,9 @@ class Exchanges(Protocol):
     async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         """Run `on_request`."""
 
+    def runs_for_a_turn(self, event: Event) -> bool:
+        """Whether a turn of this host has asked for this request, and waits for it."""
+
     def is_waiting(self, number: int) -> bool:
         """Whether a client still waits for this request's answer."""
 
@@ -114,7 +117,8 @@ class Turns:
             await self._failed(cell, room, worker, event, turn)
         else:
             worker.note[1] = 0
-            worker.note[0] = OTHER
+            # If it ends the host, it is the turn that asked for it that is to blame (S23).
+            worker.note[0] = 0 if self.exchanges.runs_for_a_turn(event) else OTHER
             await self.exchanges.turn(cell, room, worker, event, turn)
 
     def _end(self, cell: Cell, turn: Turn, event: Event, result: list[Any]) -> None:

@@ -20,6 +20,7 @@ Events, gateway to host (past facts):
 | CREDIT | request number, chunks that may follow |
 | CANCEL | request number: its client has left |
 | ASK | question number, question, argument: for the admin commands |
+| BODY | request number, bytes or None (lost), whether the last, reading: a piece of a request's body |
 
 Results, host to gateway (orders; released by the commit they depend on):
 
@@ -39,6 +40,10 @@ Results, host to gateway (orders; released by the commit they depend on):
 | ROW | shard, row number, encoded results: what one commit released, also kept on disk with it |
 | SYNCED | token: all that ended before this link has been said |
 | PAUSED | reason, or None: commits wait for the disk, or do no more |
+| WANT | request number, pieces of its body that may follow, reading: a new one begins at its beginning |
+| CALL | query number, caller, serial, key, request fields, bytes allowed: a fetch; or the number: no more |
+
+`serial` in CALL says that the caller is a room that can answer nobody before it has its own answer.
 
 A link begins with two maps: the host's, which says who it is, and the gateway's answer, `{"received": n,
 "token": t}`, or `{"error": text}` if the host may not serve. The host says again what follows message `n`,
@@ -59,6 +64,7 @@ Effects, within a result:
 | SHUT | slot, number, code, reason |
 | STATE | slot, number, CBOR or None |
 | TAGS | slot, number, tags blob |
+| AUTO | key, request, reply or None, prefix, rules that the room may have: an automatic response |
 | RESPOND | request number, status, headers, body (None: chunks follow) |
 """
 
@@ -66,7 +72,7 @@ from hashlib import blake2b
 from typing import Final
 
 #: Version of this vocabulary; gateway and host must agree.
-VERSION: Final = 2
+VERSION: Final = 3
 
 CONNECT: Final = 1
 MESSAGE: Final = 2
@@ -78,6 +84,7 @@ REPLY: Final = 7
 CREDIT: Final = 8
 CANCEL: Final = 9
 ASK: Final = 10
+BODY: Final = 11
 
 TURN: Final = 20
 CONNECTED: Final = 21
@@ -94,6 +101,8 @@ ROW: Final = 31
 SYNCED: Final = 32
 PAUSED: Final = 33
 QUARANTINE: Final = 34
+WANT: Final = 35
+CALL: Final = 36
 
 SEND: Final = 40
 BROADCAST: Final = 41
@@ -101,6 +110,7 @@ SHUT: Final = 42
 STATE: Final = 43
 TAGS: Final = 44
 RESPOND: Final = 45
+AUTO: Final = 46
 
 #: Partitions of all rooms, fixed for ever: shards and hosts are dealt out from them.
 PARTITIONS: Final = 1024

@@ -181,6 +181,8 @@ class Admin:
             "refused": {str(status): count for status, count in gateway.doors.refused.items()},
             "closes": dict(lifecycle.closes),
             "messages": gateway.inbox.messages,
+            "auto_responses": lifecycle.answers,
+            "compressed": table.compressed,
             "frames_sent": gateway.sender.sent,
             "broadcasts": effects.broadcasts,
             "deliveries": effects.deliveries,

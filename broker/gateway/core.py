@@ -24,6 +24,9 @@ import trio
 from cbor2 import dumps
 
 from broker.gateway.admin import Admin
+from broker.gateway.answers import RoomRules
+from broker.gateway.bodies import SpilledBody
+from broker.gateway.calls import Calls
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
@@ -43,6 +46,7 @@ from broker.gateway.ledger import (
     TAGS,
     Ledger,
     Record,
+    rules_record,
 )
 from broker.gateway.lifecycle import Lifecycle
 from broker.gateway.links import HostLink, Links
@@ -117,7 +121,8 @@ class Gateway:
         self._registry_failed = False
         self._trimmer = Trimmer()
         self.connections = Connections(ledger)
-        self.rooms = Rooms(self.connections)
+        self.rules = RoomRules(self._rules_of)
+        self.rooms = Rooms(self.connections, rules=self.rules)
         self.hub = Hub(self._parked, self._end_of_tick, self._each_second)
         self.links = Links(self.hub, settings, config.shard_count, ledger)
         self.inbox = Inbox(self.connections, self.links, settings, config.data / "spill")
@@ -150,6 +155,7 @@ class Gateway:
             quarantine=self.quarantine,
         )
         self.forward = Forward(self.links, self.links.flush, self.quarantine)
+        self.calls = Calls(self.forward, self.links.flush)
         self.effects = Effects(
             self.connections,
             self.rooms,
@@ -159,6 +165,7 @@ class Gateway:
             self.lifecycle,
             self.doors,
             self.forward,
+            self.rules,
         )
         self._admin = Admin(self)
         self.parties: dict[str, PartyView] = {}
@@ -179,6 +186,8 @@ class Gateway:
         self.effects.on_retire = self._host_retires
         self.effects.on_answer = self._admin.answered
         self.effects.on_quarantine = self._quarantined
+        self.effects.on_call = self.calls.called
+        self.effects.waits_for = self.calls.waits_for
         self._take_over(rows, kept)
 
     # --- What a former gateway has left -----------------------------------------------------------
@@ -227,19 +236,20 @@ class Gateway:
         """The record of a row's room, made if need be."""
         party = self.parties.get(row.party) or PartyView.unknown(row.party, self.config.settings)
         key = f"{row.party}/{row.room}"
-        room = self.rooms.by_key.get(key)
-        if room is None:
-            shard = wire.partition_of(key) % self.links.shard_count
-            room = self.rooms.by_key[key] = RoomRecord(key, party, shard)
-        return room
+        return self.rooms.by_key.get(key) or self.rooms.record(
+            key, party, wire.partition_of(key) % self.links.shard_count
+        )
+
+    def _rules_of(self, key: str) -> bytes | None:
+        """What the registry holds of a room's automatic responses; it is another one after `resume`."""
+        return self.registry.auto_responses(key)
 
     def _know(self, descriptions: list[dict[str, Any]]) -> None:
         """These are the parties now."""
         self.descriptions = descriptions
         self.parties = read_parties(descriptions, self.config.settings)
         self.doors.parties = self.forward.parties = self.parties
-        for room in self.rooms.by_key.values():
-            room.party = self.parties.get(room.party.name) or room.party.without_hooks()
+        self.rooms.know(self.parties)
 
     def _records(self) -> Iterator[Record]:
         """What a successor has to know, and finds neither in columns nor in the registry."""
@@ -248,6 +258,8 @@ class Gateway:
             [self.lifecycle.batch] if self._storing is None else [self._storing[1], self.lifecycle.batch]
         )
         for batch in batches:
+            for key, rules in batch.auto_responses.items():
+                yield rules_record(key, rules)
             for what, number, blob in batch.changes():
                 if what == "state":
                     yield Record(STATE, 0, number, blob is not None, blob or b"")
@@ -268,6 +280,7 @@ class Gateway:
             report(self.config.status_fd, "ready")  # the sockets are here: there is no way back
         try:
             async with trio.open_nursery() as nursery:
+                await nursery.start(self.calls.run)
                 nursery.start_soon(self.hub.run)
                 await nursery.start(self.http.run)
                 await self._told_to_end()
@@ -343,6 +356,7 @@ class Gateway:
             stored, batch = self._storing
             self._storing = None
             if error is None:
+                self.rules.saved(batch.auto_responses)
                 if stored:
                     self.duplicates.hold(stored)
                 continue
@@ -413,6 +427,7 @@ class Gateway:
 
     def _host_gone(self, host: HostLink) -> None:
         self.lifecycle.host_gone(host)
+        self.calls.host_gone(host)
         self.forward.host_gone(host)
         self._admin.host_gone(host)
 
@@ -426,6 +441,7 @@ class Gateway:
         for shard in host.shards:
             if self.links.by_shard[shard] is host:
                 self.links.by_shard[shard] = None
+        self.calls.host_retires(host)
 
     # --- The end ----------------------------------------------------------------------------------
 
@@ -586,6 +602,15 @@ class Gateway:
         """An upgrade on a kept-alive connection."""
         self.doors.give_back(sock, client)
         self._end_of_tick()
+
+    def streams(self, party: str | None) -> bool:
+        """Whether requests to this party are passed on before their body is there."""
+        view = self.parties.get("main" if party is None else party)
+        return view is not None and view.streams_requests
+
+    def spill(self) -> SpilledBody:
+        """A place for a body that is too large for memory."""
+        return SpilledBody(self.inbox.spills)
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """A request for a room, or for `on_fetch`."""

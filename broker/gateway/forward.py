@@ -10,30 +10,54 @@ next one.
 
 import math
 import secrets
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final
 
 import trio
 
+from broker.gateway.bodies import BodyLost, SpilledBody, StreamedBody
 from broker.gateway.http import HttpReply, HttpRequest, RequestRefused
 from broker.gateway.links import HostLink, Links
 from broker.gateway.parties import PartyView
 from broker.gateway.quarantine import RETRY_AFTER as QUARANTINED_RETRY_AFTER
 from broker.gateway.quarantine import Quarantine
 from hibernation import wire
+from hibernation.logs import get_logger
+
+if TYPE_CHECKING:
+    from broker.gateway.calls import Call
 
 #: How long a request waits for a host that is being replaced.
 WAIT_SECONDS: Final = 10.0
 RETRY_AFTER: Final = (("retry-after", "1"),)
 
+log = get_logger("forward")
+
 
 class Pending:
     """One request in progress."""
 
-    __slots__ = ("answered", "begun", "chunks", "host", "item", "refused", "reply", "shard", "whole")
+    __slots__ = (
+        "answered",
+        "begun",
+        "body",
+        "chunks",
+        "host",
+        "item",
+        "offset",
+        "reading",
+        "refused",
+        "reply",
+        "shard",
+        "whole",
+    )
 
-    def __init__(self, item: list[Any], shard: int) -> None:
+    def __init__(self, item: list[Any], shard: int, body: SpilledBody | StreamedBody | None = None) -> None:
         self.item = item
+        #: A body that goes in pieces; which reading of it that is, and how far it has come.
+        self.body = body
+        self.reading = 0
+        self.offset = 0
         self.shard = shard
         self.host: HostLink | None = None
         self.begun = False
@@ -140,15 +164,47 @@ class Forward:
             if party.cors is not None and request.method == "OPTIONS" and _is_preflight(request.headers):
                 return HttpReply(204, list(party.cors))
             if not party.wants_request:
-                raise RequestRefused(404, "this party answers no requests")
+                raise RequestRefused(404, "this party answers no requests", party.cors or ())
             key, kind = f"{party.name}/{request.room}", wire.REQUEST
-            shard = wire.partition_of(key) % self._links.shard_count
+            shard = self.shard_of(key)
             if key in self._quarantine:
-                raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
+                headers = with_cors(QUARANTINED_RETRY_AFTER, party.cors or ())
+                raise RequestRefused(503, "this room does not start at the moment", headers)
         self._number = number = self._number + 1
         fields = request.fields()
         fields["party"] = party.name
-        pending = Pending([kind, key, number, fields], shard)
+        body = None if isinstance(request.body, bytes) else request.body
+        try:
+            reply = await self._answered(Pending([kind, key, number, fields], shard, body))
+        except RequestRefused as refused:
+            if party.cors is None:
+                raise
+            headers = with_cors(refused.headers, party.cors)
+            raise RequestRefused(refused.status, refused.text, headers) from None
+        if party.cors is not None:
+            reply = HttpReply(reply.status, with_cors(reply.headers, party.cors), reply.body)
+        return reply
+
+    async def call(self, call: "Call") -> HttpReply:
+        """Have a room answer another one. Raises and cancellation: as of `request`."""
+        key, fields = call.callee, call.fields
+        party = self.parties.get(fields["party"])
+        if party is None:
+            raise RequestRefused(404, "unknown party")
+        if not party.wants_request:
+            raise RequestRefused(404, "this party answers no requests")
+        if key in self._quarantine:
+            raise RequestRefused(503, "this room does not start at the moment", QUARANTINED_RETRY_AFTER)
+        self._number = number = self._number + 1
+        call.pending = pending = Pending([wire.REQUEST, key, number, fields], self.shard_of(key))
+        return await self._answered(pending)
+
+    def shard_of(self, key: str) -> int:
+        """The shard of the room with this key."""
+        return wire.partition_of(key) % self._links.shard_count
+
+    async def _answered(self, pending: Pending) -> HttpReply:
+        number = pending.item[2]
         self._pending[number] = pending
         try:
             self._ask(pending)
@@ -161,13 +217,8 @@ class Forward:
             raise
         if pending.refused is not None:
             raise pending.refused
-        reply = pending.reply
-        assert reply is not None
-        if party.cors is not None:
-            given = {name.lower() for name, _ in reply.headers}
-            more = [(name, value) for name, value in party.cors if name.lower() not in given]
-            reply = HttpReply(reply.status, [*reply.headers, *more], reply.body)
-        return reply
+        assert pending.reply is not None
+        return pending.reply
 
     async def _wait(self, pending: Pending) -> None:
         """Wait for the answer; but for a host to ask only WAIT_SECONDS."""
@@ -232,6 +283,37 @@ class Forward:
             pending.whole = whole
             pending.chunks.close()
 
+    def want(self, number: int, pieces: int, reading: int) -> None:
+        """A host wants so many pieces of a request's body."""
+        pending = self._pending.get(number)
+        if pending is None or pending.body is None or pending.host is None:
+            return
+        host, body = pending.host, pending.body
+        if isinstance(body, StreamedBody):
+
+            def take(piece: bytes | None, last: bool) -> None:
+                host.put([wire.BODY, number, piece, last, reading])
+                self._flush()
+
+            body.want(pieces, take)
+            return
+        if reading != pending.reading:
+            pending.reading, pending.offset = reading, 0
+        while pieces and pending.offset <= body.size:
+            pieces -= 1
+            try:
+                piece = body.read(pending.offset)
+            except BodyLost as lost:
+                log.error("a request body cannot be read", reason=str(lost))
+                host.put([wire.BODY, number, None, True, reading])
+                break
+            pending.offset += len(piece)
+            last = pending.offset == body.size
+            host.put([wire.BODY, number, piece, last, reading])
+            if last:
+                pending.offset += 1  # there is no more
+        self._flush()
+
     def _taken(self, number: int, pending: Pending) -> None:
         """The client has taken a piece of a streamed answer: its host may send one more."""
         if pending.host is not None:
@@ -276,7 +358,15 @@ class Forward:
                     pending.answered.set()
                     continue
                 pending.host = host
+                pending.reading = pending.offset = 0
                 host.put(pending.item)
+
+
+def with_cors(headers: Iterable[tuple[str, str]], cors: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Headers, and those of the party's `cors` that are not among them."""
+    headers = list(headers)
+    given = {name.lower() for name, _ in headers}
+    return headers + [(name, value) for name, value in cors if name.lower() not in given]
 
 
 def _is_preflight(headers: list[tuple[str, str]]) -> bool:

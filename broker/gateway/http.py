@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import trio
 
+from broker.gateway.bodies import SpilledBody, StreamedBody
 from broker.gateway.forwarding import Proxies
 from broker.gateway.http_stream import RequestStream, StreamLimits
 from hibernation.logs import get_logger
@@ -38,7 +39,7 @@ _log = get_logger("broker.gateway.http")
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """One HTTP request, its body complete, as the gateway sends it to a room (or to `on_fetch`)."""
+    """One HTTP request as the gateway sends it to a room (or to `on_fetch`)."""
 
     party: str | None
     """The party's name in the path, or None: the request belongs to no room."""
@@ -55,7 +56,8 @@ class HttpRequest:
     headers: list[tuple[str, str]]
     """Lower-case names; values decoded as Latin-1. Our own namespace, and what untrusted peers forward, are
     gone."""
-    body: bytes
+    body: bytes | SpilledBody | StreamedBody
+    """Complete, but for a streamed one."""
     client: tuple[str, int]
     http_version: str
 
@@ -70,10 +72,11 @@ class HttpRequest:
             "raw_path": self.raw_path,
             "query": self.query,
             "headers": self.headers,
-            "body": self.body,
+            "body": self.body if isinstance(self.body, bytes) else b"",
             "client": self.client,
             "http_version": self.http_version,
             "rest": self.rest,
+            **({} if isinstance(self.body, bytes) else {"pieces": _KINDS[type(self.body)]}),
         }
 
 
@@ -89,6 +92,10 @@ class HttpReply:
     status: int
     headers: list[tuple[str, str]] = field(default_factory=list)
     body: bytes | AsyncIterator[bytes] = b""
+
+
+_KINDS = {SpilledBody: "kept", StreamedBody: "once"}
+"""How the body may be read that comes in pieces."""
 
 
 class RequestRefused(Exception):
@@ -120,6 +127,12 @@ class GatewayPort(Protocol):
 
     def give_back(self, sock: socket.socket, client: tuple[str, int]) -> None:
         """Take a socket whose next request, wholly unread, is an upgrade."""
+
+    def streams(self, party: str | None) -> bool:
+        """Tell whether requests to this party (None: to no room) are passed on before their body is there."""
+
+    def spill(self) -> SpilledBody:
+        """Give a place for a body that is too large for memory. Raises BodyLost."""
 
     async def request(self, request: HttpRequest) -> HttpReply:
         """Have a request answered.
@@ -160,6 +173,7 @@ class HttpFront:
             idle_seconds=settings.http_idle_seconds,
             body_seconds=settings.request_timeout_seconds,
             body_bytes=settings.request_bytes_max,
+            memory_bytes=min(settings.request_memory_bytes, settings.request_bytes_max),
             head_bytes=settings.head_bytes_max,
         )
         self._proxies = Proxies(settings.trusted_proxies)

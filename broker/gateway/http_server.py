@@ -36,12 +36,14 @@ from hypercorn.typing import ASGIReceiveCallable, ASGISendCallable, ConnectionSt
 from quart.wrappers import Request
 from quart_trio import QuartTrio
 from quart_trio.asgi import TrioASGIHTTPConnection
+from quart_trio.wrappers.request import TrioBody, TrioRequest
 from werkzeug.exceptions import RequestEntityTooLarge, RequestTimeout
 
+from broker.gateway.bodies import BodyLost, SpilledBody, StreamedBody
 from broker.gateway.forwarding import Proxies, is_loopback, is_loopback_host, says_forwarded
 from broker.gateway.handshake import HeadError
 from broker.gateway.http import GatewayPort, HttpReply, HttpRequest, RequestRefused
-from broker.gateway.http_stream import RequestStream, StreamLimits
+from broker.gateway.http_stream import MIB, RequestStream, StreamLimits
 from broker.gateway.routes import parse_route
 from hibernation.logs import get_logger
 
@@ -54,6 +56,12 @@ KEEP_ALIVE_REQUESTS = 10_000
 
 CLEAN_UP_SECONDS = 1.0
 """How long an iterator may take to end once its client has left."""
+
+BODY_BYTES_HIGH = 256 * 1024
+"""What may have come of a body and not been taken; then its client waits."""
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether a client that waits is still there."""
 
 HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -224,22 +232,127 @@ def _is_sound(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     )
 
 
+class _Body(TrioBody):
+    """What has come of a request's body and is not taken. Its client waits while that is much."""
+
+    def __init__(self, expected_content_length: int | None, _: int | None) -> None:
+        super().__init__(expected_content_length, None)  # the limit is looked at where it is read
+        self._room = trio.Event()
+        self._unwanted = False
+        self.streamed: StreamedBody | None = None
+        self.spilled: SpilledBody | None = None
+
+    def append(self, data: bytes) -> None:
+        if self._unwanted:
+            return
+        if self.streamed is None:
+            super().append(data)
+        else:
+            self.streamed.append(data)
+
+    def set_complete(self) -> None:
+        super().set_complete()
+        if self.streamed is not None:
+            self.streamed.end()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all of it has come."""
+        return self._complete.is_set()
+
+    async def __anext__(self) -> bytes:
+        data = await super().__anext__()
+        self._room.set()
+        return data
+
+    def stream(self, bytes_max: int) -> StreamedBody:
+        """Let it go through from now on, what has come included."""
+        self.streamed = StreamedBody(bytes_max)
+        if self._data:
+            self.streamed.append(bytes(self._data))
+            self._data.clear()
+        if self.is_complete:
+            self.streamed.end()
+        self._room.set()
+        return self.streamed
+
+    def unwanted(self) -> None:
+        """Nobody takes any more of it: what still comes is dropped."""
+        self._unwanted = True
+        self._room.set()
+        if self.streamed is not None:
+            self.streamed.drop()
+
+    def close(self) -> None:
+        """Its request is over."""
+        if self.spilled is not None:
+            self.spilled.close()
+
+    async def has_room(self) -> None:
+        """Wait until more of it can be taken."""
+        while not self._unwanted:
+            if self.streamed is not None:
+                await self.streamed.has_room()
+                return
+            if len(self._data) < BODY_BYTES_HIGH:
+                return
+            self._room = trio.Event()
+            await self._room.wait()
+
+
+class _Request(TrioRequest):
+    body_class = _Body  # type: ignore[assignment]
+
+
 class _Exchange(TrioASGIHTTPConnection):
     """One request and its answer. A client that leaves cancels both."""
+
+    async def handle_messages(  # type: ignore[override]
+        self, nursery: trio.Nursery, request: Request, receive: ASGIReceiveCallable
+    ) -> None:
+        body = cast(_Body, request.body)
+        stream = self.scope["state"]["stream"]
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            if message["type"] == "http.request":
+                body.append(message.get("body", b""))
+                if not message.get("more_body", False):
+                    body.set_complete()
+                    continue
+                waited = True
+                while waited:
+                    # Nothing is read meanwhile, so the end of the client is not met by reading.
+                    with trio.move_on_after(LOOK_SECONDS) as scope:
+                        await body.has_room()
+                    waited = scope.cancelled_caught
+                    if waited and stream.has_broken_off():
+                        nursery.cancel_scope.cancel()
+        nursery.cancel_scope.cancel()
 
     async def handle_request(  # type: ignore[override]
         self, nursery: trio.Nursery, request: Request, send: ASGISendCallable
     ) -> None:
         application = cast(Application, self.app)
-        reply = await application.answer(request)
-        if isinstance(reply.body, bytes):
-            stream = self.scope["state"]["stream"]
-            if self.scope["http_version"] != "2":
-                stream.hold_next()
-            await self._start(send, reply, len(reply.body))
-            await send({"type": "http.response.body", "body": reply.body, "more_body": False})
-        else:
-            await self._stream(send, reply, reply.body)
+        body = cast(_Body, request.body)
+        try:
+            reply = await application.answer(request)
+            if self.scope["state"]["stream"].body_is_left:
+                # What comes of it has no reader any more, unless the answer reads while it is sent; the next
+                # request would have to wait for its end.
+                self.scope["state"]["close"] = True
+            if isinstance(reply.body, bytes):
+                body.unwanted()
+                stream = self.scope["state"]["stream"]
+                if self.scope["http_version"] != "2":
+                    stream.hold_next()
+                await self._start(send, reply, len(reply.body))
+                await send({"type": "http.response.body", "body": reply.body, "more_body": False})
+            else:
+                await self._stream(send, reply, reply.body, body)
+        finally:
+            body.close()
         nursery.cancel_scope.cancel()
 
     async def _start(self, send: ASGISendCallable, reply: HttpReply, length: int | None) -> None:
@@ -259,19 +372,23 @@ class _Exchange(TrioASGIHTTPConnection):
             {"type": "http.response.start", "status": reply.status, "headers": headers, "trailers": False}
         )
 
-    async def _stream(self, send: ASGISendCallable, reply: HttpReply, chunks: AsyncIterator[bytes]) -> None:
+    async def _stream(
+        self, send: ASGISendCallable, reply: HttpReply, chunks: AsyncIterator[bytes], body: _Body
+    ) -> None:
         try:
             await self._start(send, reply, None)
             if not _has_no_body(self.scope["method"], reply.status):
                 async for chunk in chunks:
                     if chunk:
                         await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            body.unwanted()
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except Exception as error:  # noqa: BLE001 - told to the client by an end that is none
             # The head is out. Hypercorn closes the connection, or resets the stream, as no last chunk was
             # sent.
             _log.error("a streamed response broke off", path=self.scope["path"], exc_info=error)
         finally:
+            body.unwanted()
             with trio.move_on_after(CLEAN_UP_SECONDS, shield=True):
                 await _end(chunks)
 
@@ -282,11 +399,11 @@ class Application(QuartTrio):
     """
 
     asgi_http_class = _Exchange
+    request_class = _Request
 
     def __init__(self, port: GatewayPort, proxies: Proxies, limits: StreamLimits) -> None:
         super().__init__("broker", static_folder=None, template_folder=None)
-        self.config["MAX_CONTENT_LENGTH"] = limits.body_bytes
-        self.config["BODY_TIMEOUT"] = limits.body_seconds
+        self._limits = limits
         self._port = port
         self._proxies = proxies
 
@@ -305,10 +422,13 @@ class Application(QuartTrio):
         except HeadError as error:
             return _page(request, error.status, error.reason, error.headers)
         except RequestEntityTooLarge:
-            limit = self.config["MAX_CONTENT_LENGTH"]
+            limit = self._limits.body_bytes
             return _page(request, 413, f"a request body may have {limit} bytes", close=True)
         except RequestTimeout:
             return _page(request, 408, "the request body took too long", close=True)
+        except BodyLost as lost:
+            _log.error("a request body cannot be kept", path=request.path, reason=str(lost))
+            return _page(request, 503, "no room for the request body", [("retry-after", "5")], close=True)
         except Exception as error:  # noqa: BLE001 - told to the log, and to the client without details (S39)
             _log.error("a request could not be answered", path=request.path, exc_info=error)
             return _page(request, 500, "internal error")
@@ -325,9 +445,16 @@ class Application(QuartTrio):
         if raw_path == "*":
             return HttpReply(204)  # OPTIONS * asks whether we are there (RFC 9110, 9.3.7)
         route = parse_route(raw_path)
-        body = await request.get_data()
+        incoming = cast(_Body, request.body)
+        body: bytes | SpilledBody | StreamedBody
+        if not incoming.is_complete and self._port.streams(None if route is None else route.party):
+            scope["state"]["stream"].body_is_streamed()
+            body = incoming.stream(self._limits.body_bytes)
+        else:
+            body = await self._gather(incoming)
         client, scheme = self._proxies.client(peer, headers, scope["scheme"])
-        return await self._port.request(
+        return await self._requested(
+            body,
             HttpRequest(
                 party=None if route is None else route.party,
                 room=None if route is None else route.room,
@@ -338,11 +465,58 @@ class Application(QuartTrio):
                 raw_path=raw_path,
                 query=scope["query_string"],
                 headers=self._proxies.clean(peer, headers),
-                body=cast(bytes, body),
+                body=body,
                 client=client,
                 http_version=scope["http_version"],
-            )
+            ),
         )
+
+    async def _requested(self, body: bytes | SpilledBody | StreamedBody, request: HttpRequest) -> HttpReply:
+        """Ask for the answer; of a streamed body that is too large, no longer than until that is seen."""
+        if not isinstance(body, StreamedBody):
+            return await self._port.request(request)
+        reply: HttpReply | None = None
+        failure: Exception = RequestEntityTooLarge()
+        async with trio.open_nursery() as nursery:
+
+            async def watch() -> None:
+                await body.too_large.wait()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            try:
+                reply = await self._port.request(request)
+            except Exception as error:  # noqa: BLE001 - raised below, where no nursery wraps it
+                failure = error
+            nursery.cancel_scope.cancel()
+        if reply is None:
+            raise failure
+        return reply
+
+    async def _gather(self, incoming: _Body) -> bytes | SpilledBody:
+        """Wait for a body: in memory, or in a file once it is large."""
+        limits = self._limits
+        data = bytearray()
+        spilled: SpilledBody | None = None
+        size = 0
+        with trio.move_on_after(limits.body_seconds) as scope:
+            async for piece in incoming:
+                size += len(piece)
+                if size > limits.body_bytes:
+                    raise RequestEntityTooLarge
+                scope.deadline += limits.body_seconds * len(piece) / MIB
+                if spilled is not None:
+                    spilled.append(piece)
+                elif size <= limits.memory_bytes:
+                    data += piece
+                else:
+                    spilled = incoming.spilled = self._port.spill()
+                    spilled.append(data)
+                    spilled.append(piece)
+                    data.clear()
+        if scope.cancelled_caught:
+            raise RequestTimeout
+        return bytes(data) if spilled is None else spilled
 
     async def _own_page(
         self, request: Request, path: str, headers: list[tuple[str, str]], peer: tuple[str, int]

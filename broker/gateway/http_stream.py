@@ -26,9 +26,12 @@ the kernel still reports a FIN or an error at once. It may also report too early
 memory pressure), so a wait that brought nothing is followed by a short sleep instead of a spin.
 """
 
+import fcntl
 import re
 import select
 import socket
+import sys
+import termios
 from dataclasses import dataclass
 from math import inf
 from typing import Final, NoReturn
@@ -49,6 +52,7 @@ from broker.gateway.handshake import (
 __all__ = ["ChunkFollower", "RequestStream", "StreamLimits"]
 
 READ_BYTES: Final = 64 * 1024
+MIB: Final = 1024 * 1024
 
 LINGER_SECONDS: Final = 2.0
 LINGER_BYTES: Final = 64 * 1024 * 1024
@@ -77,11 +81,14 @@ class StreamLimits:
     idle_seconds: float = 75.0
     """From a response's end to the first byte of the next request."""
     body_seconds: float = 60.0
-    """From a head's end to the end of the body."""
+    """From a head's end to the end of the body, and more for each MiB of it; of a streamed one from one piece
+    to the next."""
     stall_seconds: float = 60.0
     """How long a response may wait for a client that reads nothing."""
     body_bytes: int = 1024 * 1024
     """A longer announced body is refused with 413 before a byte of it is read."""
+    memory_bytes: int = 1024 * 1024
+    """What of a body is kept in memory."""
     head_bytes: int = HEAD_BYTES_MAX
     """A head is complete within it, or refused with 431 (414 for the request line)."""
 
@@ -169,6 +176,7 @@ class RequestStream:
         self._pending = False
         self._body: ChunkFollower | int | None = None
         self._body_deadline = inf
+        self._body_is_streamed = False
         self._deadline = trio.current_time() + limits.head_seconds
         """When the current wait ends for good: idle, head or body. Never while a response is awaited."""
         self._wait_scope: trio.CancelScope | None = None
@@ -206,6 +214,33 @@ class RequestStream:
         """
         if self._raw:
             self._set_deadline(inf)
+
+    @property
+    def body_is_left(self) -> bool:
+        """Whether some of the present request's body has not been read."""
+        return self._body is not None and not self._raw
+
+    def body_is_streamed(self) -> None:
+        """Take note that the body of this request is read as its room wants it: no deadline for the whole."""
+        self._body_is_streamed = True
+
+    def has_broken_off(self) -> bool:
+        """Tell whether the client has left before the end of the body, though not all of it has been read.
+
+        Not seen of one that has only ended its sending, within a chunked body.
+        """
+        if self._raw or self._closed or self._body is None:
+            return False
+        poll = select.poll()
+        poll.register(self.socket, select.POLLRDHUP)
+        events = sum(each for _, each in poll.poll(0))
+        if events & (select.POLLHUP | select.POLLERR):
+            return True
+        if not events & select.POLLRDHUP or not isinstance(self._body, int):
+            return False
+        unread = bytearray(4)
+        fcntl.ioctl(self.socket, termios.FIONREAD, unread)
+        return int.from_bytes(unread, sys.byteorder) < self._body
 
     def response_is_out(self) -> None:
         """Take note that the last response is in the kernel's hands: the next head may be looked at."""
@@ -362,6 +397,7 @@ class RequestStream:
         self._body = ChunkFollower() if head.chunked else head.content_length or None
         if self._body is not None:
             self._body_deadline = trio.current_time() + self._limits.body_seconds
+            self._body_is_streamed = False
         for name, _ in head.headers:
             if name == "upgrade":
                 return _without_upgrade(head)
@@ -369,12 +405,15 @@ class RequestStream:
 
     async def _receive_body(self, max_bytes: int) -> bytes:
         await trio.lowlevel.checkpoint()  # a client that never pauses must not keep the loop to itself
+        if self._body_is_streamed:  # its time was ours as long as nobody read
+            self._body_deadline = trio.current_time() + self._limits.body_seconds
         while True:
             try:
                 data = self._next_of_body(max_bytes)
             except HeadError as error:
                 await self._refuse(*error.args)
             if data is not None:
+                self._body_deadline += self._limits.body_seconds * len(data) / MIB
                 return data
             if trio.current_time() >= self._body_deadline:
                 await self._refuse(408, "the request body took too long")

@@ -44,6 +44,7 @@ from broker.gateway.connections import (
     GONE,
     INTRODUCED,
     OPEN,
+    PHASE,
     PINGED,
     STORING,
     Connections,
@@ -51,8 +52,8 @@ from broker.gateway.connections import (
 from broker.gateway.frames import encode_close, encode_ping, encode_pong
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT, EPOLLPRI, Hub
 from broker.gateway.inbox import Inbox
+from broker.gateway.ledger import ANSWERS, FORGOTTEN, NEWCOMER, STATE, TAGS, Record, rules_record
 from broker.gateway.ledger import ENDING as ENDING_RECORD
-from broker.gateway.ledger import FORGOTTEN, NEWCOMER, STATE, TAGS, Record
 from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import SLOW, Sender
 from broker.gateway.recovery import Position, Remains, cookie, position
@@ -64,6 +65,8 @@ from storage.registry import RegistryBatch, Row
 
 #: Causes of an end after which nothing reaches the client.
 UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
+#: Why a connection has ended that we have closed with these codes; with others it is a fault of protocol.
+_CAUSES: Final = {1008: "limit", 1009: "too_big"}
 #: Each connection is looked at once in so many seconds, in so many parts a second, unless they are few.
 SWEEP_SECONDS: Final = 5
 SWEEP_PARTS: Final = 10
@@ -155,6 +158,8 @@ class Lifecycle:
         self.reopened = False
         self.draining = False
         self.accepted = 0
+        #: Automatic responses that were given.
+        self.answers = 0
         self._going_in: list[tuple[int, Position]] = []
         #: Connections whose outgoing stream nobody could mend after a gateway's death.
         self.torn = 0
@@ -162,6 +167,7 @@ class Lifecycle:
         # Set by the doors: what becomes of a newcomer whose id was taken, when the other lives or is dead.
         self.on_duplicate: Callable[[int], None]
         self.on_vacant: Callable[[int], None]
+        inbox.on_answer = self.answer
         inbox.on_ping = self.ping_came
         inbox.on_close_frame = self.close_frame_came
         inbox.on_violation = self.violated
@@ -266,6 +272,12 @@ class Lifecycle:
         self._ledger.commit()
         party, _, room_id = room.key.partition("/")
         self.batch.tags(number, party, room_id, wire.blob_tags(blob))
+
+    def keep_rules(self, key: str, rules: bytes | None) -> None:
+        """A room has changed its automatic responses; as the registry has them, None: none are left."""
+        self._ledger.add(*rules_record(key, rules))
+        self._ledger.commit()
+        self.batch.auto_responses[key] = rules
 
     def committed(self, stored: list[tuple[int, int]]) -> None:
         """Rows are on disk: answer 101, and let the connect turns begin."""
@@ -415,6 +427,16 @@ class Lifecycle:
         if self._sender.waiting_bytes(slot) < 64 * 1024:
             self._sender.say(slot, encode_pong(payload))
 
+    def answer(self, slot: int, frame: bytes, end: int) -> None:
+        """Send the automatic response to the message that ends at `end`; nothing before it is in flight
+        (S16).
+        """
+        self.answers += 1
+        ledger = self._ledger
+        ledger.header[ANSWERS] = 1
+        ledger.answered[slot] = int(time() * 1000)
+        self._sender.say(slot, frame, end)
+
     def close_frame_came(self, slot: int, code: int, reason: str) -> None:
         """The peer's Close: answered when the turns before it are acknowledged (S14)."""
         self._end(slot, Ending(code, reason, True, "client_close"))
@@ -423,7 +445,7 @@ class Lifecycle:
         """The peer broke the protocol, or sent too much: say so at once, and end (RFC 6455, section
         7.1.7).
         """
-        cause = "too_big" if code == 1009 else "protocol_error"
+        cause = _CAUSES.get(code, "protocol_error")
         phase = self._connections.phase[slot]
         if phase in (FREE, CLOSED):
             return
@@ -844,7 +866,7 @@ class Lifecycle:
         here = position(sock, ledger.base[slot] + ledger.consumed[slot])
         blob = remains.tags.get(number)
         card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags) if blob is None else blob)
-        phase, introduced = ledger.phase[slot] & ~INTRODUCED, ledger.phase[slot] & INTRODUCED
+        phase, introduced = ledger.phase[slot] & PHASE, ledger.phase[slot] & INTRODUCED
         table.take_over(slot, sock, room, card, self._hub.second)
         table.written[slot] = here.written
         self._take_position(slot, here)
@@ -868,6 +890,9 @@ class Lifecycle:
             return
         self._rooms.link(slot)
         self._inbox.adopt_spill(slot)
+        answered = remains.answered.get(number)
+        if answered is not None:
+            self._inbox.settle_answered(slot, answered)
         self._hub.park(sock.fileno())
         frames, offset, torn = remains.pending(number, here.written)
         if frames or number in remains.shut:
@@ -894,7 +919,7 @@ class Lifecycle:
             self._hub.after(0, self._failed, slot, number)
 
     def adopt_resting(self, slot: int, sock: socket.socket, row: Row, room: RoomRecord) -> None:
-        """Take over an open connection of a gateway that rests (G5), and of which the log says nothing. What
+        """Take over an open connection of a gateway that rests (G7), and of which the log says nothing. What
         is unread, and whether the peer has ended, is reported when the socket is parked.
         """
         table, ledger = self._connections, self._ledger

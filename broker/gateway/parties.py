@@ -8,6 +8,8 @@ Owns `PartyView`. Runs no user code and imports none: a class never comes here, 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from broker.gateway.answers import Answers
+from hibernation.auto_responses import Rule, from_plain
 from hibernation.settings import Settings
 
 
@@ -27,7 +29,10 @@ class PartyView:
     wants_close: bool
     wants_request: bool
     wants_fetch: bool
+    streams_requests: bool
     message_bytes_max: int
+    auto_responses: tuple[Rule, ...]
+    answers: Answers | None
 
     @classmethod
     def from_description(cls, description: dict[str, Any], base: Settings) -> "PartyView":
@@ -35,6 +40,7 @@ class PartyView:
         hooks = frozenset(description["hooks"])
         cors = description["cors"]
         settings = base.override(description["settings"])
+        rules = from_plain(description.get("auto_responses", ()))
         return cls(
             name=description["name"],
             settings=settings,
@@ -47,15 +53,25 @@ class PartyView:
             wants_message="on_message" in hooks,
             wants_close="on_close" in hooks,
             wants_request="on_request" in hooks,
-            wants_fetch="on_fetch" in hooks,
+            wants_fetch="on_fetch" in hooks or description.get("static", False),
+            streams_requests=description.get("stream_requests", False),
             message_bytes_max=settings.message_bytes_max,
+            auto_responses=rules,
+            answers=Answers(rules) if rules else None,
         )
 
     @classmethod
     def unknown(cls, name: str, settings: Settings) -> "PartyView":
         """A party of which only the name is known: nothing wakes its rooms."""
         return cls.from_description(
-            {"name": name, "hooks": [], "cors": None, "settings": {}, "hibernate": True, "subprotocols": []},
+            {
+                "name": name,
+                "hooks": [],
+                "cors": None,
+                "settings": {},
+                "hibernate": True,
+                "subprotocols": [],
+            },
             settings,
         )
 
@@ -69,6 +85,8 @@ class PartyView:
             wants_close=False,
             wants_request=False,
             wants_fetch=False,
+            auto_responses=(),
+            answers=None,
         )
 
 

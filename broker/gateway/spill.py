@@ -6,6 +6,7 @@ offset, so that what is in it can be told from what is still in the kernel.
 """
 
 import os
+import secrets
 from pathlib import Path
 
 
@@ -88,6 +89,18 @@ class Spills:
     def has_room(self) -> bool:
         """Whether one more message may begin to spill."""
         return self.bytes < self._bytes_max
+
+    def has_room_for(self, size: int) -> bool:
+        """Whether so many bytes more may be spilled."""
+        return self.bytes + size <= self._bytes_max
+
+    def open_nameless(self) -> int:
+        """A new file of no connection, for reading and writing, which is gone when it is closed."""
+        # A name like the others', should this process end before it is taken away.
+        path = self._directory / f"0-{secrets.randbits(63)}"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        path.unlink()
+        return descriptor
 
     def create(self, number: int, start: int) -> SpillFile:
         """A new file for the connection with this number, its stream from `start` on."""

@@ -18,7 +18,7 @@ before anything else does.
 import socket
 from collections.abc import Callable
 
-from broker.gateway.connections import CLOSED, INTRODUCED, OPEN, Connections
+from broker.gateway.connections import CLOSED, INTRODUCED, OPEN, PHASE, WINDOW, Connections
 from broker.gateway.effects import Effects
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH
@@ -69,6 +69,7 @@ class Succession:
         self._rested = ledger.wake()
         table.restore()
         effect = ledger.in_doubt
+        self._effects.restore_rules(self._remains.rules)
         by_number = {row.number: row for row in rows}
         for number in self._remains.forgotten:
             if by_number.pop(number, None) is not None:
@@ -80,7 +81,7 @@ class Succession:
         for slot in list(sockets):
             self._end(slot, sockets)
         self._inbox.forget_spills()
-        self._effects.resume()
+        self._effects.resume(self._remains.encoded)
         for slot in self._sender.settle():
             log.error("a torn frame could not be mended", number=table.number[slot])
             self._lifecycle.torn += 1
@@ -96,7 +97,7 @@ class Succession:
             self._rested
             and sock is not None
             and row is not None
-            and ledger.phase[slot] == OPEN | INTRODUCED
+            and ledger.phase[slot] & ~WINDOW == OPEN | INTRODUCED
             and row.number not in self._remains.numbers
         ):
             del sockets[slot]
@@ -109,7 +110,7 @@ class Succession:
             sock = None
         if row is None:
             self._connections.abandon(slot)
-        elif sock is None or ledger.phase[slot] & ~INTRODUCED == CLOSED:
+        elif sock is None or ledger.phase[slot] & PHASE == CLOSED:
             self._lifecycle.survived(row, self._room_of(row), self._remains, slot)
         else:
             del sockets[slot]

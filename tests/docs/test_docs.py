@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import broker
-from broker import Connection, ConnectionContext, Lobby, Room, Server, Storage
+from broker import Connection, ConnectionContext, Lobby, OtherRoom, PartyRooms, Room, Server, Storage
 from broker.gateway import frames
 from hibernation.hooks import HOOKS
 from hibernation.settings import ROOM_SETTINGS
@@ -80,7 +80,7 @@ def test_the_example_of_all_hooks_is_a_party() -> None:
     }
 
 
-@pytest.mark.parametrize("cls", [Room, Connection, Storage, ConnectionContext, Lobby])
+@pytest.mark.parametrize("cls", [Room, Connection, Storage, ConnectionContext, Lobby, PartyRooms, OtherRoom])
 def test_every_member_is_described(cls: type) -> None:
     described = re.findall(
         r"(?:^|, |\. )`(?:await |async for connection in )?(\w+)(?:\(.*?\))?`(?=(?:, `\w+.*)? –)",
@@ -93,7 +93,7 @@ def test_every_member_is_described(cls: type) -> None:
 
 
 def test_parameters_of_members_are_as_they_are() -> None:
-    for cls in (Room, Connection):
+    for cls in (Room, Connection, PartyRooms, OtherRoom):
         text = section(page("room.md"), f"## {cls.__name__}")
         for name, parameters in re.findall(
             r"^`(?:await |async for connection in )?(\w+)\(([^`]*)\)` –", text, re.M
@@ -190,8 +190,7 @@ def test_every_cause_is_described() -> None:
     assert listed is not None
     causes = set(re.findall(r"[a-z_]+", listed[1])) - {"or"}
     described = first_cells(section(page("close-codes.md"), "## Causes"))
-    # Nothing ends a connection for a limit in this version.
-    assert described == causes - {"limit"}
+    assert described == causes
     assert described <= constants
 
 

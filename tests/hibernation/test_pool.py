@@ -34,6 +34,9 @@ class NoExchanges:
     async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         raise AssertionError
 
+    def runs_for_a_turn(self, event: Event) -> bool:
+        return False
+
     def is_waiting(self, number: int) -> bool:
         return False
 

@@ -2,6 +2,7 @@
 
 import contextvars
 import enum
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ class FakeHost:
         self.disk: dict[str, bytes] = {}
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
+        self.answered: dict[tuple[int, int], int] = {}
 
     def read(self, key: str, name: str) -> bytes | None:
         return self.disk.get(name)
@@ -40,6 +42,10 @@ class FakeHost:
     async def flush(self, turn: Turn) -> None:
         raise AssertionError
 
+    @property
+    def switchboard(self) -> Any:
+        raise AssertionError("no other room is concerned")
+
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
         encode_for_link([argument])  # what cannot be sent would end the host
@@ -50,6 +56,8 @@ class FakeHost:
             return [self.rows[:1], b"rest" if self.rows[1:] else b""]
         if what == "more":
             return [self.rows[1:], b""]
+        if what == "answered":
+            return self.answered.get(tuple(argument))
         return len(self.rows)
 
 
@@ -157,6 +165,74 @@ def stage() -> Stage:
 
 
 # --- Effects --------------------------------------------------------------------------------------
+
+
+def test_automatic_responses_are_effects_like_others(stage):
+    """S16, S20: staged in their place, counted, and nothing is staged of one that cannot be."""
+    connection = stage.connect(7)
+    effects = stage.begin()
+    connection.send("before")
+    stage.room.set_auto_response("ping", "pong")
+    stage.room.set_auto_response(bytearray(b"a"), b"b", prefix=True)
+    stage.room.set_auto_response("ping", None)
+    connection.send("after")
+    wanted = [
+        [wire.SEND, 7, 7, "before"],
+        [wire.AUTO, "chat/lobby", "ping", "pong", False, 16],
+        [wire.AUTO, "chat/lobby", b"a", b"b", True, 16],
+        [wire.AUTO, "chat/lobby", "ping", None, False, 16],
+        [wire.SEND, 7, 7, "after"],
+    ]
+    assert effects == wanted
+    for arguments, error in [
+        (("x" * 2049, "y"), LimitExceeded),
+        (("x", "y" * 2049), LimitExceeded),
+        ((7, "y"), TypeError),
+        (("x", 7), TypeError),
+    ]:
+        with pytest.raises(error):
+            stage.room.set_auto_response(*arguments)
+    with pytest.raises(ValueError, match="empty prefix"):
+        stage.room.set_auto_response("", "y", prefix=True)
+    assert effects == wanted
+    stage.room.set_auto_response("x" * 2048, "y" * 2048)
+    encode_for_link(effects)
+    stage.end()
+    with pytest.raises(RoomGone):
+        stage.room.set_auto_response("ping", "pong")
+
+
+def test_automatic_responses_of_one_turn_are_bounded(stage):
+    """S16: at the limit; one more is an error, and nothing is staged of it."""
+    effects = stage.begin()
+    for number in range(16):
+        stage.room.set_auto_response(str(number), "x")
+    stage.room.set_auto_response("0", "again")
+    with pytest.raises(LimitExceeded, match="17 rules, and at most 16 are allowed; set fewer, or raise"):
+        stage.room.set_auto_response("16", "x")
+    assert len(effects) == 17
+    stage.room.set_auto_response("0", None)
+    stage.room.set_auto_response("16", "x")
+    with pytest.raises(LimitExceeded):
+        stage.room.set_auto_response(b"16", "x")
+    stage.room.set_auto_response("never set", None)
+
+
+def test_automatic_responses_count_as_staged(stage):
+    stage.begin()
+    for _ in range(stage.room._bytes_max // 4096):
+        stage.room.set_auto_response("x" * 2048, "x" * 2048)
+    with pytest.raises(LimitExceeded, match="store less in one turn"):
+        stage.room.set_auto_response("x", "")
+
+
+def test_the_time_of_the_last_automatic_response_is_asked_for(stage):
+    connection = stage.connect(7)
+    assert trio.run(connection.auto_response_at) is None
+    stage.host.answered[7, 7] = 1_700_000_000_123
+    at = trio.run(connection.auto_response_at)
+    assert at == datetime(2023, 11, 14, 22, 13, 20, 123_000, UTC)
+    assert stage.host.asked[-1] == ("answered", [7, 7])
 
 
 def test_effects_are_staged_in_the_order_of_the_calls(stage):

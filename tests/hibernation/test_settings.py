@@ -39,7 +39,10 @@ DEFAULTS = {
     "send_buffer_bytes": 64 * KIB,
     "outbox_total_bytes_max": 256 * MIB,
     "slow_consumer": "close",
-    "request_bytes_max": MIB,  # S26
+    "request_bytes_max": 16 * MIB,  # S26
+    "request_memory_bytes": MIB,  # S26
+    "fetch_timeout": 20,  # S30
+    "fetch_bytes_max": MIB,
     "drain": 30,  # S32
     "handshake_timeout_seconds": 10,  # S37
     "head_bytes_max": 16 * KIB,

@@ -18,6 +18,8 @@ from broker import (
     Response,
     Room,
     Server,
+    mount,
+    sse,
 )
 
 
@@ -79,6 +81,9 @@ class Main(Server):
         several: int = await self.room.storage.delete(list(listed))
         if gone or several:
             self.room.storage.delete_all()
+        stored: Response = await self.room.parties["plain"].get("lobby").fetch("/x", method="PUT", json=[1])
+        if stored.status_code == 200:
+            self.room.parties["plain"].get("lobby").broadcast(await stored.get_json(), tag="admin")
         self.room.hibernate()
 
     def on_close(self, connection: Connection, code: int, reason: str, was_clean: bool) -> None:
@@ -113,7 +118,12 @@ class Main(Server):
         return Response("no", status=405) if request.method == "PUT" else None
 
     @staticmethod
-    async def on_fetch(request: Request, lobby: Lobby) -> str:
+    async def on_fetch(request: Request, lobby: Lobby) -> str | Response:
+        if request.path == "/site":
+            answer: Response = await lobby.serve(site, request)
+            return answer
+        if request.args.get("room"):
+            return await lobby.parties["plain"].get(request.args["room"]).fetch()
         return f"{request.path} belongs to no room of {lobby.party}"
 
 
@@ -138,3 +148,29 @@ class Plain(Server):
 
     @staticmethod
     def on_before_connect() -> None: ...
+
+
+async def site(scope: Any, receive: Any, send: Any) -> None:
+    """An application without a framework."""
+
+
+class Uploads(Server):
+    """Reads a body while it comes, and answers with events."""
+
+    stream_requests = True
+    static = None
+
+    async def on_request(self, request: Request) -> tuple[AsyncIterator[bytes], dict[str, str]]:
+        return self.events(request), {"Content-Type": "text/event-stream"}
+
+    async def events(self, request: Request) -> AsyncIterator[bytes]:
+        async for piece in request.body:
+            yield sse(len(piece), event="piece", id="1", retry=1000)
+        yield sse(request.caller, comment="who asked")
+
+
+class _WithPages(Server):
+    """A base for a main party: everything that is no room's is the application's."""
+
+    static = None
+    on_fetch = mount(site)

@@ -7,11 +7,14 @@ import functools
 import json
 import select
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import termios
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import h2.config
@@ -22,9 +25,11 @@ import httpx
 import pytest
 import trio
 
+from broker.gateway.bodies import PIECE_BYTES, SpilledBody, StreamedBody
 from broker.gateway.handshake import HeadError
 from broker.gateway.http import HttpFront, HttpReply, HttpRequest, RequestRefused
 from broker.gateway.http_stream import ChunkFollower
+from broker.gateway.spill import Spills
 from hibernation.settings import Settings
 
 Handler = Callable[[HttpRequest], Awaitable[HttpReply]]
@@ -56,7 +61,9 @@ class Gateway:
     dev = False
     token = "s3cret"
 
-    def __init__(self) -> None:
+    def __init__(self, spilled_bytes_max: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.spills = Spills(Path(self._folder.name, "spill"), spilled_bytes_max)
         self.handler: Handler = self.hello
         self.requests: list[HttpRequest] = []
         self.admin_calls: list[tuple[str, str, bytes]] = []
@@ -67,6 +74,10 @@ class Gateway:
         self.address: tuple[str, int] = self.listener.getsockname()
         self.url = f"http://127.0.0.1:{self.address[1]}"
         self.front: HttpFront
+
+    def close(self) -> None:
+        self.listener.close()
+        self._folder.cleanup()
 
     async def hello(self, request: HttpRequest) -> HttpReply:
         return HttpReply(200, [("content-type", "text/plain")], b"hello " + (request.room or "-").encode())
@@ -80,6 +91,12 @@ class Gateway:
     def give_back(self, sock: socket.socket, client: tuple[str, int]) -> None:
         assert client == sock.getpeername()
         self._back_in.send_nowait(sock)
+
+    def streams(self, party: str | None) -> bool:
+        return party == "streams"
+
+    def spill(self) -> SpilledBody:
+        return SpilledBody(self.spills)
 
     async def request(self, request: HttpRequest) -> HttpReply:
         self.requests.append(request)
@@ -109,7 +126,7 @@ class Gateway:
 async def serving(**settings: Any) -> AsyncIterator[Gateway]:
     """A front that serves until the end of the block; some limits are not settings."""
     own = {name: settings.pop(name) for name in ("idle_seconds", "stall_seconds") if name in settings}
-    gateway = Gateway()
+    gateway = Gateway(settings.pop("spilled_bytes_max", 1 << 30))
     gateway.front = HttpFront(gateway, Settings(**settings))
     gateway.front._limits = replace(gateway.front._limits, **own)
     try:
@@ -119,7 +136,7 @@ async def serving(**settings: Any) -> AsyncIterator[Gateway]:
             yield gateway
             nursery.cancel_scope.cancel()
     finally:
-        gateway.listener.close()
+        gateway.close()
 
 
 class Client:
@@ -449,7 +466,12 @@ async def test_an_upgrade_to_something_unknown_is_declined_by_an_answer() -> Non
 
 async def echo(request: HttpRequest) -> HttpReply:
     await trio.lowlevel.checkpoint()
-    return HttpReply(200, [], request.body)
+    body = request.body
+    if isinstance(body, SpilledBody):
+        pieces = [body.read(offset) for offset in range(0, body.size, PIECE_BYTES)]
+        return HttpReply(200, [("x-spilled", str(body.size))], b"".join(pieces))
+    assert isinstance(body, bytes)
+    return HttpReply(200, [], body)
 
 
 CHUNKS = b"3;ext=1\r\nabc\r\n00a \r\n0123456789\r\n0\r\nX-Trailer: 1\r\n\r\n"
@@ -541,6 +563,174 @@ async def test_a_body_over_the_limit_is_413(over: int, chunked: bool) -> None:
             assert headers["connection"] == "close"
             assert await client.rest() == b""
             assert gateway.requests == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("over", [-1, 0, 1])
+@in_trio
+async def test_a_body_over_what_memory_may_hold_is_in_a_file(over: int, chunked: bool) -> None:
+    """S26, at one below, at, and one above; nothing of it is left."""
+    limit = 300_000
+    async with serving(request_memory_bytes=limit) as gateway, connected(gateway) as client:
+        gateway.handler = echo
+        body = bytes(range(251)) * 1200
+        body = body[: limit + over] + b"x" * (limit + over - len(body))
+        if chunked:
+            await client.send(get("/party/x", "Transfer-Encoding: chunked", method="POST"))
+            await client.send(b"%x\r\n" % len(body), body, b"\r\n0\r\n\r\n")
+        else:
+            await client.send(get("/party/x", f"Content-Length: {len(body)}", method="POST"), body)
+        status, headers, answer = await client.response()
+        assert (status, answer) == (200, body)
+        assert headers.get("x-spilled") == (str(len(body)) if over > 0 else None)
+        await client.send(get())
+        assert (await client.response())[0] == 200
+        await eventually(lambda: not gateway.spills.bytes)
+
+
+@in_trio
+async def test_a_body_that_finds_no_room_is_503() -> None:
+    """S24, S26: all spill files together are bounded."""
+    async with serving(spilled_bytes_max=1_000_000, request_memory_bytes=1000) as gateway:
+        gateway.handler = echo
+        for size, status in ((1_000_000, 200), (1_000_001, 503)):
+            async with connected(gateway) as client:
+                await client.send(get("/party/x", f"Content-Length: {size}", method="POST"), b"x" * size)
+                assert (await client.response())[0] == status
+        await eventually(lambda: not gateway.spills.bytes)
+
+
+class Reader:
+    """Takes a streamed body as a host does."""
+
+    def __init__(self, request: HttpRequest) -> None:
+        assert isinstance(request.body, StreamedBody)
+        self.body = request.body
+        self.pieces: list[bytes | None] = []
+        self.ended = trio.Event()
+
+    def want(self, pieces: int) -> None:
+        self.body.want(pieces, self._take)
+
+    def _take(self, piece: bytes | None, last: bool) -> None:
+        self.pieces.append(piece)
+        if last and piece is not None:
+            self.ended.set()
+
+    async def whole(self) -> bytes:
+        self.want(1_000_000)
+        await self.ended.wait()
+        return b"".join(piece or b"" for piece in self.pieces)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@in_trio
+async def test_a_streamed_body_is_passed_on_before_it_is_there(chunked: bool) -> None:
+    """S26: and no faster than it is wanted."""
+    async with serving() as gateway, connected(gateway) as client:
+        heard: list[Reader] = []
+        released = trio.Event()
+
+        async def answer(request: HttpRequest) -> HttpReply:
+            heard.append(Reader(request))
+            await released.wait()
+            return HttpReply(200, [], await heard[0].whole())
+
+        gateway.handler = answer
+        length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 8000000"
+        await client.send(get("/parties/streams/x", length, method="POST"))
+        await eventually(lambda: heard)
+        piece = b"5\r\nhello\r\n" if chunked else b"hello"
+        await client.send(piece)
+        heard[0].want(1)
+        await eventually(lambda: heard[0].pieces == [b"hello"])
+        rest = b"x" * 7_999_995
+        async with trio.open_nursery() as nursery:
+            sent = trio.Event()
+
+            async def send() -> None:
+                await client.send(b"%x\r\n" % len(rest) if chunked else b"", rest)
+                await client.send(b"\r\n0\r\n\r\n" if chunked else b"")
+                sent.set()
+
+            nursery.start_soon(send)
+            with trio.move_on_after(0.3):
+                await sent.wait()
+            assert not sent.is_set()  # its client waits
+            assert len(heard[0].pieces) == 1
+            released.set()
+            status, _, body = await client.response()
+        assert (status, len(body)) == (200, 8_000_000)
+        gateway.handler = gateway.hello
+        await client.send(get())
+        assert (await client.response())[0] == 200
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@in_trio
+async def test_a_client_that_breaks_off_a_streamed_body_cancels(chunked: bool) -> None:
+    """S26: also while nobody reads it."""
+    async with serving() as gateway:
+        left = trio.Event()
+        heard: list[Reader] = []
+
+        async def answer(request: HttpRequest) -> HttpReply:
+            heard.append(Reader(request))
+            try:
+                await trio.sleep_forever()
+            finally:
+                left.set()
+            raise AssertionError
+
+        gateway.handler = answer
+        gateway.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_000_000)
+        sock = socket.create_connection(gateway.address)
+        length = "Transfer-Encoding: chunked" if chunked else "Content-Length: 8000000"
+        sock.sendall(get("/parties/streams/x", length, method="POST"))
+        await eventually(lambda: heard)
+        # More than is read ahead, and no more than the kernel takes: else its end would wait behind it.
+        sock.sendall((b"ffff\r\n" + b"x" * 0xFFFF + b"\r\n") * 14)
+        if chunked:
+            # A reset: an end of sending alone may still be within the body.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        await left.wait()
+
+
+@in_trio
+async def test_a_streamed_body_need_not_be_read() -> None:
+    """S26: what is left of it ends the connection, and holds up nobody."""
+    async with serving() as gateway, connected(gateway) as client:
+        gateway.handler = gateway.hello
+        await client.send(get("/parties/streams/x", "Content-Length: 8000000", method="POST"), b"x" * 1000)
+        status, headers, _ = await client.response()
+        assert (status, headers["connection"]) == (200, "close")
+        with contextlib.suppress(trio.BrokenResourceError):
+            await client.send(b"x" * 1_000_000)
+
+
+@pytest.mark.parametrize("over", [0, 1])
+@in_trio
+async def test_a_streamed_body_has_the_same_limit(over: int) -> None:
+    """S26: 413, also when it is only seen while it comes; its turn is cancelled."""
+    async with serving(request_bytes_max=100_000) as gateway, connected(gateway) as client:
+        cancelled: list[bool] = []
+
+        async def answer(request: HttpRequest) -> HttpReply:
+            try:
+                return HttpReply(200, [], b"%d" % len(await Reader(request).whole()))
+            except trio.Cancelled:
+                cancelled.append(True)
+                raise
+
+        gateway.handler = answer
+        await client.send(get("/parties/streams/x", "Transfer-Encoding: chunked", method="POST"))
+        await client.send(b"c350\r\n", b"x" * 50_000, b"\r\n")
+        await eventually(lambda: gateway.requests)
+        await client.send(b"%x\r\n" % (50_000 + over), b"x" * (50_000 + over), b"\r\n0\r\n\r\n")
+        status, _, body = await client.response()
+        assert (status, cancelled) == ((413, [True]) if over else (200, []))
+        assert over or body == b"100000"
 
 
 @in_trio

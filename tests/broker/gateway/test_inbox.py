@@ -22,9 +22,12 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from broker.gateway.answers import Answers
 from broker.gateway.connections import CLOSED, ENDING, GONE, OPEN, Connections
+from broker.gateway.deflate import deflate
+from broker.gateway.frames import encode_message
 from broker.gateway.hub import ENDED, PARKED_EVENTS
-from broker.gateway.inbox import Inbox
+from broker.gateway.inbox import ANSWERS_PER_PASS, Inbox
 from broker.gateway.links import HostLink
 from broker.gateway.rooms import RoomRecord
 from hibernation import wire
@@ -32,6 +35,9 @@ from hibernation.settings import Settings
 from tests.e2e.raw_client import BINARY, CLOSE, CONTINUATION, PING, TEXT, encode_frame
 
 KEY = b"\x01\x02\x03\x04"
+#: What is answered, text or bytes, by the gateway itself.
+RULES = Answers([("?", "!", True), (b"?", "!", True)])
+ANSWER = encode_message("!")
 
 
 class FakeHost(HostLink):
@@ -58,6 +64,7 @@ class Rig:
         rooms: int = 2,
         wants_message: bool = True,
         overlaps: bool = False,
+        answers: Answers | None = None,
         **options: Any,
     ) -> None:
         options.setdefault("message_bytes_max", 64 * 1024)
@@ -70,6 +77,7 @@ class Rig:
             message_bytes_max=self.settings.message_bytes_max,
             wants_message=wants_message,
             overlaps=overlaps,
+            answers=answers,
         )
         self.rooms = [RoomRecord(f"main/{number}", party, 0) for number in range(rooms)]
         self.epoll = epoll()
@@ -84,6 +92,7 @@ class Rig:
         #: Turns of a dead host that were committed, and of which its successor will tell.
         self.ended: list[list[Any]] = []
         self.inbox.later = lambda _, action, *arguments: self.due.append((action, *arguments))
+        self.inbox.on_answer = self._answer
         self.inbox.on_ping = lambda slot, payload: self.pings.append((slot, payload))
         self.inbox.on_close_frame = self._close
         self.inbox.on_violation = self._violation
@@ -92,6 +101,11 @@ class Rig:
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 * 1024)
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen()
+
+    def _answer(self, slot: int, frame: bytes, end: int) -> None:
+        assert end > self.ends[slot]
+        self.ends[slot] = end
+        self.handled[slot].append(frame)
 
     def _close(self, slot: int, code: int, reason: str) -> None:
         self.closes.append((slot, code, reason))
@@ -246,10 +260,10 @@ class Rig:
                 for slot in slots
                 if table.phase[slot] != CLOSED
             ) + sum(
-                reading.file.size
+                max(reading.file.size, reading.dispatched_bytes)
                 for slot, reading in self.inbox._readings.items()
                 if slot in slots and reading.complete and reading.file is not None
-            )
+            ) + sum(size for slot in slots for _, size in self.inbox._inflated.get(slot, ()))
         assert self.host.inflight_bytes == sum(room.inflight_bytes for room in self.rooms)
 
 
@@ -279,6 +293,17 @@ def messages(draw):
     seed = draw(st.integers(0, 25))
     payload = bytes([97 + (seed + n) % 26 for n in range(26)]) * (size // 26 + 1)
     payload = payload[:size]
+    kind = draw(st.sampled_from(["plain", "plain", "plain", "compressed", "answered", "compressed answered"]))
+    if "answered" in kind:
+        payload = b"?" + payload[1:]
+        size = len(payload)
+    expected: Any = payload.decode() if text else payload
+    if "answered" in kind:
+        expected = ANSWER
+    rsv = 0
+    if "compressed" in kind:
+        payload, rsv = deflate(payload or b"?", 15) if payload else b"\0", 4
+        size = len(payload)
     cuts = sorted(draw(st.lists(st.integers(0, size), max_size=draw(st.sampled_from([0, 0, 1, 4])))))
     if size > 1000 and draw(st.integers(0, 5)) == 0:
         cuts = list(range(0, size, max(size // 40, 1)))[1:]
@@ -286,12 +311,13 @@ def messages(draw):
     data = b""
     for index, (start, end) in enumerate(pairwise(bounds)):
         opcode = CONTINUATION if index else TEXT if text else BINARY
-        data += encode_frame(opcode, payload[start:end], fin=end == size and index == len(cuts), mask=KEY)
+        last = end == size and index == len(cuts)
+        data += encode_frame(opcode, payload[start:end], fin=last, mask=KEY, rsv=0 if index else rsv)
         if index < len(cuts) and draw(st.integers(0, 4)) == 0:
             data += encode_frame(PING, b"among fragments", mask=KEY)
     if draw(st.integers(0, 4)) == 0:
         data += encode_frame(PING, b"behind", mask=KEY)
-    return data, payload.decode() if text else payload
+    return data, expected
 
 
 class InboxMachine(RuleBasedStateMachine):
@@ -313,6 +339,7 @@ class InboxMachine(RuleBasedStateMachine):
             link_inflight_bytes_max=64 * 1024,
             inbox_bytes_max=8192,
             overlaps=self.overlaps,
+            answers=RULES,
         )
         if self.clogged:
             self.rig.inbox._is_clogged = lambda slot: True  # type: ignore[method-assign]
@@ -321,7 +348,7 @@ class InboxMachine(RuleBasedStateMachine):
         self.written: list[int] = []
         self.left: list[bytes] = []
         for room in (0, 0, 1):
-            self.rig.connect(room)
+            self.rig.table.agree(self.rig.connect(room), 15)
             self.sent.append([])
             self.starts.append([])
             self.written.append(0)
@@ -382,7 +409,7 @@ class InboxMachine(RuleBasedStateMachine):
                 begin = self.starts[slot][len(handled)]
                 reading = rig.inbox._readings.get(slot)
                 if reading is not None and reading.file is not None:
-                    assert reading.start == begin
+                    assert reading.start <= begin  # it may be a control frame in front of it
                     assert reading.file.start + reading.file.size == rig.table.consumed[slot]
                 else:
                     assert rig.table.consumed[slot] <= begin
@@ -504,6 +531,115 @@ def fragments(count: int, size: int, *, last: bool = True) -> bytes:
         opcode = CONTINUATION if index else BINARY
         data += encode_frame(opcode, b"x" * size, fin=last and index == count - 1, mask=KEY)
     return data
+
+
+def test_an_answer_waits_for_what_is_before_it_and_holds_up_what_is_behind(rig):
+    """S16: it takes its place among the messages, and nothing of it is in flight."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    for text in ("a", "b", "?", "?2", "c", "?3"):
+        rig.send(slot, encode_frame(TEXT, text.encode(), mask=KEY))
+    rig.poll(0.05)
+    assert [item[7] for item in rig.host.items] == ["a", "b"]
+    rig.handle(1)
+    assert rig.handled[slot] == ["a"]
+    rig.handle(1)
+    assert rig.handled[slot] == ["a", "b", ANSWER, ANSWER]
+    assert [item[7] for item in rig.host.items] == ["c"]
+    rig.counts_are_true()
+    rig.handle(1)
+    assert rig.handled[slot] == ["a", "b", ANSWER, ANSWER, "c", ANSWER]
+    assert rig.unread(slot) == 0
+    assert rig.inbox.messages == 3
+
+
+def test_an_answer_before_the_end(rig):
+    """S16: the client has gone meanwhile, and still everything has its turn."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    for text in ("a", "?", "b"):
+        rig.send(slot, encode_frame(TEXT, text.encode(), mask=KEY))
+    rig.clients[slot].close()
+    rig.poll(0.05)
+    rig.settle()
+    assert rig.handled[slot] == ["a", ANSWER, "b"]
+    assert rig.gone == [slot]
+
+
+@pytest.mark.parametrize("count", [ANSWERS_PER_PASS - 1, ANSWERS_PER_PASS, ANSWERS_PER_PASS + 1])
+def test_answers_in_one_pass_are_bounded(rig, count):
+    """S16: the others come in the next round, so nobody else waits for all of them."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    rig.send(slot, encode_frame(TEXT, b"?", mask=KEY) * count)
+    while not rig.handled[slot]:
+        rig.poll(0.05)
+    assert len(rig.handled[slot]) == min(count, ANSWERS_PER_PASS)
+    assert bool(rig.due) == (count >= ANSWERS_PER_PASS)
+    rig.settle()
+    assert len(rig.handled[slot]) == count
+    assert rig.unread(slot) == 0
+
+
+def test_a_host_that_dies_has_no_part_in_answers(rig):
+    """S16: what was answered is not answered again, what waited is answered later, and once."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    rig.send(slot, b"".join(encode_frame(TEXT, text, mask=KEY) for text in (b"?", b"a", b"?")))
+    while not rig.host.items:
+        rig.poll(0.05)
+    rig.host_dies()
+    assert rig.handled[slot] == [ANSWER]
+    rig.host_comes()
+    rig.settle()
+    assert rig.handled[slot] == [ANSWER, "a", ANSWER]
+
+
+@pytest.mark.parametrize("inbox_bytes_max", [1024, 96 * 1024])
+def test_a_room_that_wants_no_messages_answers_all_the_same(rig, inbox_bytes_max):
+    rig = rig(wants_message=False, answers=RULES, inbox_bytes_max=inbox_bytes_max)
+    slot = rig.connect()
+    for data in (b"?", b"unwanted", b"?" + b"x" * 5000, b"unwanted" * 1000):
+        rig.send_all(slot, encode_frame(BINARY, data, mask=KEY))
+    assert rig.handled[slot] == [ANSWER, ANSWER]
+    assert rig.unread(slot) == 0
+    assert rig.inbox._spills.bytes == 0
+
+
+def test_compressed_messages_in_flight_count_as_what_they_are(rig):
+    """S24: some hundred bytes on the wire, and each of 60,000 for the host."""
+    rig = rig(room_inflight_bytes_max=250_000)
+    slot, other = rig.connect(), rig.connect()
+    bomb = encode_frame(BINARY, deflate(bytes(60_000), 15), mask=KEY, rsv=4)
+    for each in (slot, other):
+        rig.table.agree(each, 15)
+        rig.send(each, bomb * 20)
+    rig.poll(0.05)
+    rig.poll(0.05)
+    assert len(rig.host.items) == 4  # two of each: 64 KiB are reached with the second
+    rig.counts_are_true()
+    while rig.host.items:
+        rig.handle(1)
+        rig.poll(0.01)
+        rig.counts_are_true()
+        assert rig.host.inflight_bytes < 250_000 + 2 * 60_000
+    rig.settle()
+    assert rig.handled[slot] == rig.handled[other] == [bytes(60_000)] * 20
+    assert rig.host.inflight_bytes == 0
+    assert not rig.inbox._inflated
+
+
+def test_bombs_that_nobody_wants_hold_up_nobody(rig):
+    """S24: a mebibyte of them in one pass."""
+    rig = rig(wants_message=False, message_bytes_max=1 << 20)
+    slot = rig.connect()
+    rig.table.agree(slot, 15)
+    rig.send(slot, encode_frame(BINARY, deflate(bytes(1 << 20), 15), mask=KEY, rsv=4) * 3)
+    rounds = 0
+    while rig.unread(slot) or not rounds:
+        rounds += rig.poll(0.05)
+    assert rounds >= 3
+    assert not rig.violations
 
 
 @pytest.mark.parametrize("total", [60_000, 66_000, 90_000, 97_000, 99_000, 200_000])
