@@ -18,7 +18,7 @@ class Poll(Server):
         """PUT makes the poll, POST votes, GET looks. Whoever has no cookie is somebody new."""
         voter = voter_of(request) or token_hex(16)
         match request.method, await request.get_json(force=True, silent=True):
-            case "GET", _:
+            case "GET" | "HEAD", _:
                 pass
             case "PUT", {"question": str(question), "options": [str(), str(), *_] as options}:
                 await self.make(question, options)
