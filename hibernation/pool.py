@@ -18,7 +18,6 @@ import resource
 from collections import deque
 from collections.abc import Awaitable, Callable
 from math import inf
-from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
@@ -35,6 +34,7 @@ from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
 from hibernation.suspension import watched
+from storage.clock import monotonic
 
 #: Rooms whose last waking is remembered, for `broker rooms` and the admin pages.
 RECENT_ROOMS: Final = 1024

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, epoll
-from time import monotonic
 from typing import Any, Final
 
 import trio
 
 from hibernation.logs import get_logger
+from storage.clock import monotonic
 
 #: What a parked connection is asked about. EPOLLERR and EPOLLHUP come unasked.
 PARKED_EVENTS: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
