@@ -43,6 +43,8 @@ RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LAST_SECONDS: Final = 10.0
 #: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
 CLOCK_SECONDS: Final = 0.05
+#: How often it looks while nothing is.
+REST_SECONDS: Final = 1.0
 #: Workers that wait for something to do; further ones end.
 PARKED_MAX: Final = 64
 #: How often, at most, a room that stays while it has connections asks whether it has.
@@ -648,7 +650,7 @@ class Pool:
     async def _clock(self) -> None:
         look_at_memory = 0.0
         while True:
-            with trio.move_on_after(1):
+            with trio.move_on_after(REST_SECONDS):
                 await self._clock_wanted.wait()
             now = monotonic()
             self._evict_idle(now)

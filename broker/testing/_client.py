@@ -174,22 +174,27 @@ class AsyncClient:
         return self._answer
 
     async def _read(self) -> None:
+        try:
+            await self._listen()
+        finally:
+            self._end.close()
+
+    async def _listen(self) -> None:
         while self.closed is None and self._answer is None:
             data = await self._end.read()
+            if not data:
+                break
             try:
-                self._protocol.receive_data(data or None)
+                self._protocol.receive_data(data)
                 for event in self._protocol.events():
                     self._happened(event)
             except RemoteProtocolError as error:
                 self._stage.note(f"{self.name} ✗ the gateway broke the protocol: {error}")
-                data = b""
-            if not data:
                 break
         if self._refusal is not None and self._answer is None:
             self._refused()
-        if self.closed is None:
+        if self.closed is None and self._answer is None:
             self._over(Closed(1006, "", False))
-        self._end.close()
 
     def _happened(self, event: Any) -> None:
         if isinstance(event, Message):

@@ -201,9 +201,7 @@ class AsyncKit:
 
     # --- What goes wrong --------------------------------------------------------------------------
 
-    def _failed(
-        self, text: str, cell: Cell | None, error: BaseException, more: Mapping[str, Any]
-    ) -> None:
+    def _failed(self, text: str, cell: Cell | None, error: BaseException, more: Mapping[str, Any]) -> None:
         if cell is not None:
             where = cell.key
         else:
@@ -306,12 +304,13 @@ class AsyncKit:
         Raises:
             Refused: The answer is another than 101.
         """
+        address, key = self.address(room, party, path), self._key(room, party)
         self._clients += 1
         client = AsyncClient(self, self._machine.backlog.dial(), id or f"client {self._clients}")
         client.id = id or ""
-        self.note(f"{client.name} ▶ connects to {self._key(room, party)}{path}")
+        self.note(f"{client.name} ▶ connects to {key}{path}")
         given = {**({} if id is None else {"_pk": id}), **(query or {})}
-        target = self.address(room, party, path) + (f"?{urlencode(given)}" if given else "")
+        target = address + (f"?{urlencode(given)}" if given else "")
         answer = await client._open(HOST, target, list((headers or {}).items()), list(subprotocols), within)
         if answer is not None:
             self.note(f"{client.name} ◀ refused: {answer.status}")
@@ -461,9 +460,7 @@ def virtual(test: Callable[P, Awaitable[T]]) -> Callable[P, T]:
 
     @functools.wraps(test)
     def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        return trio.run(
-            functools.partial(test, *args, **kwargs), clock=MockClock(autojump_threshold=0)
-        )
+        return trio.run(functools.partial(test, *args, **kwargs), clock=MockClock(autojump_threshold=0))
 
     return run
 

@@ -344,9 +344,7 @@ class Client:
         closed: Closed = self._kit._call(self._client.expect_close, code, reason, within)
         return closed
 
-    def close(
-        self, code: int = 1000, reason: str = "", within: float = PATIENCE_SECONDS
-    ) -> Closed | None:
+    def close(self, code: int = 1000, reason: str = "", within: float = PATIENCE_SECONDS) -> Closed | None:
         """Send a Close frame, and wait for the room's."""
         closed: Closed | None = self._kit._call(self._client.close, code, reason, within)
         return closed

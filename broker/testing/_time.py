@@ -15,6 +15,8 @@ from typing import Any, Final
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from broker.gateway import hub
+from hibernation import pool
 from storage import clock
 
 __all__ = ["START", "Time", "seeded"]
@@ -25,6 +27,15 @@ START: Final = datetime(2030, 1, 1, tzinfo=UTC)
 ORIGIN_SECONDS: Final = 100_000.0
 #: How long a thread of room code is left alone before it is looked at again, in real seconds.
 THREAD_SECONDS: Final = 0.002
+#: How often the loops of gateway and host look whether something is due, or has to be seen to; and how often
+#: at most during one `advance`. What has a deadline of its own is done at its time in any case.
+LOOKS: Final[tuple[tuple[ModuleType, str], ...]] = (
+    (hub, "CLOCK_SECONDS"),
+    (hub, "REST_SECONDS"),
+    (pool, "CLOCK_SECONDS"),
+    (pool, "REST_SECONDS"),
+)
+LOOKS_MAX: Final = 2_000
 #: Deadlines nearer than this are the same moment.
 MOMENT_SECONDS: Final = 1e-9
 
@@ -74,6 +85,10 @@ class Time:
         Returns:
             What `until` said last.
         """
+        with _coarsely(seconds):
+            return await self._advance(seconds, until)
+
+    async def _advance(self, seconds: float, until: Callable[[], bool]) -> bool:
         end = self._mock.current_time() + seconds
         while True:
             await self.settle()
@@ -96,9 +111,22 @@ class Time:
 
 
 @contextlib.contextmanager
-def _followed(
-    module: ModuleType, monotonic: Callable[[], float], now: Callable[[], float]
-) -> Iterator[None]:
+def _coarsely(seconds: float) -> Iterator[None]:
+    """Have what the broker's loops look at now and then be looked at less often during a long time: they
+    would be most of what is done in it.
+    """
+    usual = [(module, name, getattr(module, name)) for module, name in LOOKS]
+    try:
+        for module, name, value in usual:
+            setattr(module, name, max(value, seconds / LOOKS_MAX))
+        yield
+    finally:
+        for module, name, value in usual:
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def _followed(module: ModuleType, monotonic: Callable[[], float], now: Callable[[], float]) -> Iterator[None]:
     """Have a module of the app follow: its names for `time`, `time.time` and `time.monotonic`."""
     import time
 
@@ -159,5 +187,3 @@ def clock_of_this_run() -> MockClock:
             " trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))"
         )
     return found
-
-
