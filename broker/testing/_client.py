@@ -34,6 +34,9 @@ from broker.testing.errors import ConnectionOver, Expectation, NothingCame
 __all__ = ["PATIENCE_SECONDS", "AsyncClient", "Closed", "Stage", "fetch"]
 
 READ_BYTES: Final = 256 * 1024
+#: Says that a Close frame has no code (RFC 6455, section 7.1.5); and such a frame, whose mask is all zeros.
+NO_CODE: Final = 1005
+EMPTY_CLOSE: Final = b"\x88\x80\0\0\0\0"
 #: How long, on the virtual clock, a test waits for something by default.
 PATIENCE_SECONDS: Final = 1.0
 
@@ -340,11 +343,13 @@ class AsyncClient:
         if self.closed is None:
             self._stage.note(f"{self.name} ▶ close: {code} {reason}".rstrip())
             self._said_close = True
-            try:
-                data = self._protocol.send(CloseConnection(code, reason))
-            except LocalProtocolError:
-                data = b""  # the room's came meanwhile
-            self._end.write(data)
+            if code == NO_CODE:
+                self._end.write(EMPTY_CLOSE)
+            else:
+                try:
+                    self._end.write(self._protocol.send(CloseConnection(code, reason)))
+                except LocalProtocolError:
+                    pass  # the room's came meanwhile
         await self._stage.wait(lambda: self.closed is not None, within)
         return self.closed
 

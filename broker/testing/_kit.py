@@ -31,12 +31,16 @@ from broker.testing.errors import HookFailed, Refused
 from hibernation.cells import Cell
 from hibernation.party import MAIN, Party, make_parties
 from hibernation.settings import Settings
+from hibernation.wire import read_card
 from storage.values import decode
 
-__all__ = ["App", "AsyncKit", "Errors", "RoomView", "virtual"]
+__all__ = ["App", "AsyncKit", "Errors", "Query", "RoomView", "virtual"]
 
 #: What a kit is made of: classes, or what the command line takes.
 App = type[Server] | str | os.PathLike[str]
+
+#: Parameters of an address: by name, of several values in their order, or as they stand behind the "?".
+Query = Mapping[str, str | Sequence[str]] | str
 
 HOST = "broker.test"
 #: What a start, or a death with its recovery, may take on the virtual clock.
@@ -283,7 +287,7 @@ class AsyncKit:
         party: str = MAIN,
         id: str | None = None,  # noqa: A002 - as it is called everywhere
         path: str = "",
-        query: Mapping[str, str] | None = None,
+        query: Query | None = None,
         headers: Mapping[str, str] | None = None,
         subprotocols: Sequence[str] = (),
         within: float = PATIENCE_SECONDS,
@@ -309,8 +313,8 @@ class AsyncKit:
         client = AsyncClient(self, self._machine.backlog.dial(), id or f"client {self._clients}")
         client.id = id or ""
         self.note(f"{client.name} ▶ connects to {key}{path}")
-        given = {**({} if id is None else {"_pk": id}), **(query or {})}
-        target = address + (f"?{urlencode(given)}" if given else "")
+        parts = [] if id is None else [urlencode({"_pk": id}, quote_via=quote)]
+        target = _with_query(address, *parts, _encoded(query))
         answer = await client._open(HOST, target, list((headers or {}).items()), list(subprotocols), within)
         if answer is not None:
             self.note(f"{client.name} ◀ refused: {answer.status}")
@@ -322,7 +326,7 @@ class AsyncKit:
         method: str,
         path: str,
         *,
-        query: Mapping[str, str] | None = None,
+        query: Query | None = None,
         headers: Mapping[str, str] | None = None,
         json: Any = None,
         data: str | bytes = b"",
@@ -350,7 +354,7 @@ class AsyncKit:
         fields = {"host": HOST, "connection": "close", **given}
         if body or method in ("POST", "PUT", "PATCH"):
             fields["content-length"] = str(len(body))
-        target = path + (f"?{urlencode(query)}" if query else "")
+        target = _with_query(path, _encoded(query))
         self.note(f"{method} {target} ▶")
         answer = await fetch(self, self._machine.backlog.dial(), method, target, fields.items(), body, within)
         self.note(f"{method} {target} ◀ {answer.status}")
@@ -408,6 +412,19 @@ class AsyncKit:
         pool._evict(cell)
         self.note(f"{key} is evicted")
         return True
+
+    async def ask(self, command: str, **parameters: Any) -> Any:
+        """Give a command as the command line does: "broadcast", "send", "kick", "connections", "rooms",
+        "stats", "explain"… with its parameters by name. None of them wakes a room.
+
+        Raises:
+            Exception: The command cannot be carried out; the text says why.
+        """
+        await self.settle()
+        answer = await self._machine.gateway._admin.command({"command": command, **parameters})
+        self._machine.gateway._end_of_tick()
+        await self.settle()
+        return answer
 
     # --- Deaths -----------------------------------------------------------------------------------
 
@@ -476,7 +493,16 @@ def _load(app: Sequence[App], env: Mapping[str, str]) -> tuple[list[Party], dict
     return make_parties(classes), {**os.environ, **env}
 
 
-def _id_of(row: Sequence[Any]) -> str:
-    from hibernation.wire import read_card
+def _encoded(query: Query | None) -> str:
+    if query is None or isinstance(query, str):
+        return query or ""
+    return urlencode(query, doseq=True, quote_via=quote)
 
-    return str(read_card(row[2])[0])
+
+def _with_query(path: str, *parts: str) -> str:
+    query = "&".join(part for part in parts if part)
+    return f"{path}?{query}" if query else path
+
+
+def _id_of(row: Sequence[Any]) -> str:
+    return read_card(row[2])[0]

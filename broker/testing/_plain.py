@@ -16,7 +16,7 @@ import trio
 from trio.testing import MockClock
 
 from broker.testing._client import PATIENCE_SECONDS, AsyncClient, Closed
-from broker.testing._kit import App, AsyncKit, Errors, RoomView
+from broker.testing._kit import App, AsyncKit, Errors, Query, RoomView
 from broker.testing._response import Response
 from broker.testing._time import START
 from hibernation.party import MAIN
@@ -143,7 +143,7 @@ class Kit:
         party: str = MAIN,
         id: str | None = None,  # noqa: A002 - as it is called everywhere
         path: str = "",
-        query: Mapping[str, str] | None = None,
+        query: Query | None = None,
         headers: Mapping[str, str] | None = None,
         subprotocols: Sequence[str] = (),
         within: float = PATIENCE_SECONDS,
@@ -167,7 +167,7 @@ class Kit:
         method: str,
         path: str,
         *,
-        query: Mapping[str, str] | None = None,
+        query: Query | None = None,
         headers: Mapping[str, str] | None = None,
         json: Any = None,
         data: str | bytes = b"",
@@ -219,6 +219,10 @@ class Kit:
         """Have a room's object go. As `AsyncKit.evict`."""
         evicted: bool = self._call(self._kit.evict, room, party)
         return evicted
+
+    def ask(self, command: str, **parameters: Any) -> Any:
+        """Give a command as the command line does. As `AsyncKit.ask`."""
+        return self._call(self._kit.ask, command, **parameters)
 
     # --- What goes wrong --------------------------------------------------------------------------
 
