@@ -2,8 +2,8 @@
 
 Owns the two names that the other modules import from here: `monotonic` for durations, `now` for the wall
 clock. Must not cost anything: they are the functions of `time` themselves, and modules bind them at import.
-Its peer is `broker.testing`, which puts other functions in their place with `replaced`: in this module, and in
-every module of ours that holds them under whatever name. Durations that trio counts follow trio's own clock.
+Its peer is `broker.testing`, which puts other functions in their place with `replaced`: in this module, and
+in every module of ours that holds them under whatever name. Durations that trio counts follow trio's clock.
 """
 
 import contextlib

@@ -295,7 +295,7 @@ class Gateway:
         yield from self.sender.records()
 
     def begin(self) -> None:
-        """Open the door for hosts, and look out for what the writer has done. `hub` and `http` do the rest."""
+        """Open the door for hosts, and hear of what the writer has done; `hub` and `http` do the rest."""
         self.links.listen(self.config.data / "gateway.sock")
         self.hub.watch(self._writer.fd, self._stored)
 

@@ -11,8 +11,8 @@
     _time.py        the virtual clock; chance from a seed
     _transcript.py  what has happened, for the text of a failure
 
-Rooms run in the real `hibernation.host`, on real SQLite databases in a temporary folder, and their clients are
-served by the real `broker.gateway`; only what lies around the two is another.
+Rooms run in the real `hibernation.host`, on real SQLite databases in a temporary folder, and their clients
+are served by the real `broker.gateway`; only what lies around the two is another.
 """
 
 from broker.testing._client import AsyncClient, Closed

@@ -1,7 +1,7 @@
 """The kit: an app running in memory on a virtual clock, for tests on trio.
 
 Owns the test's view of it all: who connects, what time it is, what dies, what room code has raised, and the
-transcript. Peers: `_machine` (the processes), `_client`, `_time`; `_plain` wraps this for tests without async.
+transcript. Peers: `_machine` (the processes), `_client`, `_time`; `_plain` has the same without async.
 """
 
 import contextlib
@@ -229,7 +229,7 @@ class AsyncKit:
     def expect_error(
         self, kind: type[BaseException] = Exception, match: str | None = None
     ) -> Iterator[Errors]:
-        """Room code raises this in the block, and the test does not fail by it. What has been raised is in
+        """Room code raises this in the block, and that does not fail the test. What has been raised is in
         the list that this gives.
 
         Args:

@@ -28,7 +28,7 @@ from broker.testing._keeper import Keeper, Session
 from broker.testing._sockets import Backlog, Killed, Listener, Process
 from broker.testing._writer import InlineWriter
 from hibernation import wire
-from hibernation.cells import Cell, Event, Worker
+from hibernation.cells import Batch, Cell, Event, Worker
 from hibernation.configuration import GatewayConfig, HostConfig
 from hibernation.host import Host
 from hibernation.party import Party
@@ -279,12 +279,11 @@ class Machine:
 
     def _attend(self, host: Host, process: Process) -> None:
         """Hear of failures, and evict after turns."""
-        turns, log_failure, run = host._turns, host._turns.log_failure, host._turns.run
+        turns, run = host._turns, host._turns.run
 
-        def failure(text: str, cell: Cell | None, error: BaseException, **more: Any) -> None:
+        def failure(text: str, cell: Cell | None, error: BaseException, more: dict[str, Any]) -> None:
             if not process.dead:
                 self._failed(text, cell, error, more)
-                log_failure(text, cell, error, **more)
 
         async def run_and_evict(cell: Cell, worker: Worker, event: Event) -> None:
             await run(cell, worker, event)
@@ -294,8 +293,8 @@ class Machine:
         def die(error: BaseException) -> None:
             raise error
 
-        turns.log_failure = failure  # type: ignore[method-assign]
-        host._commits._die = die  # type: ignore[method-assign, assignment]
+        turns.on_failure = failure
+        host._commits._die = die  # type: ignore[method-assign]
         if self._evicts:
             turns.run = run_and_evict  # type: ignore[method-assign]
 
@@ -321,7 +320,7 @@ class Machine:
         """Kill it when it next commits: before, or after the commit and before anybody hears of it."""
         commits = self.host._commits
 
-        def die(batch: Any) -> None:
+        def die(batch: Batch) -> None:  # noqa: ARG001 - called in the place of either
             self.kill_host()
             raise Killed
 

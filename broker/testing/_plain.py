@@ -1,6 +1,6 @@
 """The kit for tests without async: the same calls, each of which returns when it has been done.
 
-Owns a thread in which trio runs on a virtual clock, and the way of each call there and back. Whatever a method
+Owns a thread in which trio runs on a virtual clock, and the way of each call there and back. What a method
 means is said in `_kit` and `_client`.
 """
 
@@ -37,8 +37,8 @@ class Kit:
                 anna.send("inc")
                 anna.expect("1")
 
-    Arguments as of `AsyncKit`. The app runs in a thread of its own, between the calls of the test alone: while
-    the test does not call anything time stands still and nothing happens.
+    Arguments as of `AsyncKit`. The app runs in a thread of its own. Time stands still, and nothing happens,
+    while the test does not call anything.
     """
 
     def __init__(
@@ -230,7 +230,7 @@ class Kit:
     def expect_error(
         self, kind: type[BaseException] = Exception, match: str | None = None
     ) -> Iterator[Errors]:
-        """Room code raises this in the block, and the test does not fail by it. As `AsyncKit.expect_error`."""
+        """Room code raises this in the block, and that does not fail the test. As `AsyncKit.expect_error`."""
         with self._kit.expect_error(kind, match) as errors:
             yield errors
             self.settle()

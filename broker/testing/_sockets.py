@@ -1,4 +1,4 @@
-"""Connections without a network: what a gateway finds in place of its listener and of its clients' TCP sockets.
+"""Connections without a network: what a gateway finds in place of its listener and of clients' TCP sockets.
 
 Owns socket pairs whose one end behaves towards `broker.gateway` as a TCP socket does: bytes can be taken
 without being read, the kernel's counters go on over the death of a gateway, and the listener hands out what a

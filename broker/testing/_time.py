@@ -29,7 +29,7 @@ ORIGIN_SECONDS: Final = 100_000.0
 THREAD_SECONDS: Final = 0.002
 #: How often the loops of gateway and host look whether something is due, or has to be seen to; and how often
 #: at most during one `advance`. What has a deadline of its own is done at its time in any case.
-LOOKS: Final[tuple[tuple[ModuleType, str], ...]] = (
+LOOKS: Final = (
     (hub, "CLOCK_SECONDS"),
     (hub, "REST_SECONDS"),
     (pool, "CLOCK_SECONDS"),
@@ -183,7 +183,7 @@ def clock_of_this_run() -> MockClock:
     found = trio.lowlevel.current_clock()
     if not isinstance(found, MockClock):
         raise RuntimeError(
-            "an AsyncKit needs a virtual clock: decorate the test with @broker.testing.virtual, or run it with"
-            " trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))"
+            "an AsyncKit needs a virtual clock: decorate the test with @broker.testing.virtual, or run it"
+            " with trio.run(test, clock=trio.testing.MockClock(autojump_threshold=0))"
         )
     return found

@@ -5,8 +5,8 @@
     in_process.py   runs it against one `broker serve` for all scenarios, with raw sockets
     test_scenarios.py  runs each scenario in both, and compares the records
 
-All other modules are scenarios: some parties, and functions called `scenario_…` that take a `Stage`. A function
-must not wait for real time or look behind the driver; then whatever passes in the kit passes in production.
+All other modules are scenarios: some parties, and functions called `scenario_…` that take a `Stage`. They
+must not wait for real time or look behind the driver; then what passes in the kit passes in production.
 """
 
 import importlib

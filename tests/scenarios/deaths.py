@@ -67,9 +67,7 @@ def scenario_sockets_go_on_after_the_death_of_their_gateway(stage: Stage):  # S3
 
 
 class Dying(Server):
-    """Waits in the middle of a turn, when it is first run: for a death."""
-
-    runs: dict[str, int] = {}
+    """Waits in the middle of a turn, for a death."""
 
     async def on_start(self):
         self.before = await self.room.storage.get("begun", 0)

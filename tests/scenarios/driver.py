@@ -105,6 +105,15 @@ class Client:
             seen = came if isinstance(message, str | bytes) else json.loads(came)
             assert seen == message, f"{self.name} expects {message!r}, and {came!r} came"
 
+    def expect_in_any_order(self, *messages: Any) -> None:
+        """The next messages are these, in whatever order."""
+        came = [self._connector.receive() for _ in messages]
+        self._note(f"< {sorted(map(repr, came))}")
+        for message in messages:
+            found = next((each for each in came if _reads_as(each, message)), None)
+            assert found is not None, f"{self.name} expects {message!r}, and {came} came"
+            came.remove(found)
+
     def expect_nothing(self) -> None:
         """Nothing more comes of what this client has sent."""
         self._connector.barrier()
@@ -256,6 +265,10 @@ class Stage(ABC):
     @contextmanager
     def errors(self, *kinds: type[BaseException]) -> Iterator[None]:
         """Room code raises these in the block, in this order, and the broker logs them with traceback."""
+
+
+def _reads_as(came: str | bytes, message: Any) -> bool:
+    return came == message or (not isinstance(message, str | bytes) and json.loads(came) == message)
 
 
 Scenario = Callable[[Stage], None]

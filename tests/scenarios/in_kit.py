@@ -60,9 +60,7 @@ class KitStage(Stage):
         super().__init__(name)
         self.kit = kit
 
-    def _connect(
-        self, target: str, headers: dict[str, str], subprotocols: list[str]
-    ) -> Connector | Answer:
+    def _connect(self, target: str, headers: dict[str, str], subprotocols: list[str]) -> Connector | Answer:
         split = urlsplit(target)
         _, _, party, room, *rest = split.path.split("/", 4)
         name, _, query = split.query.removeprefix("_pk=").partition("&")

@@ -1,12 +1,10 @@
 """Runs a scenario against the real command, with raw sockets."""
 
-import os
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
-from typing import Any
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from broker import Server
@@ -107,20 +105,23 @@ class ProcessStage(Stage):
     def __init__(self, name: str, broker: BrokerProcess) -> None:
         super().__init__(name)
         self._broker = broker
+        self._raw: list[RawClient] = []
 
-    def _connect(
-        self, target: str, headers: dict[str, str], subprotocols: list[str]
-    ) -> Connector | Answer:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for raw in self._raw:
+            raw.close()
+
+    def _connect(self, target: str, headers: dict[str, str], subprotocols: list[str]) -> Connector | Answer:
         given: dict[str, str | None] = {name.lower(): value for name, value in headers.items()}
         if subprotocols:
             given["sec-websocket-protocol"] = ", ".join(subprotocols)
         raw = RawClient(self._broker.port)
-        try:
-            raw.send_handshake(target, given)
-            answer = raw.receive_answer()
-        except BaseException:
-            raw.close()
-            raise
+        self._raw.append(raw)
+        raw.send_handshake(target, given)
+        answer = raw.receive_answer()
         if answer.status == 101:
             _, _, party, room, *_ = urlsplit(target).path.split("/", 4)
             return RawConnector(raw, lambda: self._facts(party, unquote(room))["in_flight"] == 0)
@@ -144,7 +145,9 @@ class ProcessStage(Stage):
             facts = self._facts(party, room)
             return None if facts["awake"] or facts["in_flight"] else facts
 
-        wakes: int = eventually(sleeping, f"sleep of {party}/{room}")["wakes"]
+        facts = eventually(sleeping, f"sleep of {party}/{room}")
+        assert facts is not None
+        wakes: int = facts["wakes"]
         return wakes
 
     def _facts(self, party: str, room: str) -> dict[str, Any]:
@@ -166,12 +169,16 @@ class ProcessStage(Stage):
 
     @contextmanager
     def errors(self, *kinds: type[BaseException]) -> Iterator[None]:
-        before = os.path.getsize(self._broker._log_file)
+        before = len(self._raised())
         yield
+        names = sorted(kind.__name__ for kind in kinds)
+        eventually(lambda: sorted(self._raised()[before:]) == names, f"{names} in the log")
 
-        def logged() -> bool:
-            fresh = self._broker.log.encode()[before:].decode(errors="replace")
-            found = re.findall(r"\\n(?:[\w.]+\.)?(\w+): [^\n]*?\"", fresh)
-            return sorted(found) == sorted(kind.__name__ for kind in kinds)
-
-        eventually(logged, f"{[kind.__name__ for kind in kinds]} in the log:\n{self._broker.log[before:]}")
+    def _raised(self) -> list[str]:
+        """The exceptions in the log, by the names of their classes."""
+        last_lines = [
+            line["exception"].strip().splitlines()[-1]
+            for line in self._broker.log_events()
+            if line["level"] == "error" and "exception" in line
+        ]
+        return [line.partition(":")[0].rpartition(".")[2] for line in last_lines]

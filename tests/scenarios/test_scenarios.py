@@ -1,6 +1,6 @@
 """Each scenario in the kit, and against the real command: both see the same (S43)."""
 
-from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -8,7 +8,7 @@ from broker.testing import Kit
 from tests.e2e.broker_process import BrokerProcess
 from tests.e2e.conftest import BrokerFactory, module_broker  # noqa: F401 - a fixture
 from tests.scenarios import modules, parties
-from tests.scenarios.driver import Scenario, scenarios_of
+from tests.scenarios.driver import scenarios_of
 from tests.scenarios.in_kit import KitStage
 from tests.scenarios.in_process import APP, ProcessStage
 
@@ -21,29 +21,32 @@ ALL = {
 every_scenario = pytest.mark.parametrize("name", ALL)
 
 
-def play_in_kit(name: str, scenario: Scenario, **options: object) -> dict[str, list[str]]:
-    with Kit(*parties(), **options) as kit:
+@cache
+def play_in_kit(name: str) -> dict[str, list[str]]:
+    with Kit(*parties()) as kit:
         stage = KitStage(name, kit)
-        scenario(stage)
+        ALL[name](stage)
         return stage.finish()
 
 
 @pytest.fixture(scope="module")
-def real(module_broker: BrokerFactory) -> Iterator[BrokerProcess]:  # noqa: F811
-    yield module_broker(APP)
+def real(module_broker: BrokerFactory) -> BrokerProcess:  # noqa: F811
+    return module_broker(APP)
 
 
 @every_scenario
 def test_in_the_kit(name):
-    play_in_kit(name, ALL[name])
+    play_in_kit(name)
 
 
 @pytest.mark.e2e
 @every_scenario
 def test_the_real_command_sees_the_same(name, real):
     stage = ProcessStage(name, real)
-    ALL[name](stage)
-    assert stage.finish() == play_in_kit(name, ALL[name])
+    with stage:
+        ALL[name](stage)
+        seen = stage.finish()
+    assert seen == play_in_kit(name)
 
 
 def test_there_are_enough():
