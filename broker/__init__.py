@@ -6,6 +6,7 @@
     gateway/      the process that owns sockets
     cli/          the command line
     demo/         the app of `broker demo`
+    testing/      the kit that users test their rooms with
 
 The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,
 from here to there. `Request` and `Response` are Quart's, and are imported when they are first asked for:

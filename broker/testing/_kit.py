@@ -140,8 +140,8 @@ class AsyncKit:
         if start.tzinfo is None:
             raise ValueError("start is a time without a zone: give datetime(..., tzinfo=UTC)")
         parties, environment = _load(app, env or {})
-        self.seed = secrets.randbits(32) if seed is None else seed
-        self.transcript = Transcript(self.seed)
+        self._seed = secrets.randbits(32) if seed is None else seed
+        self._transcript = Transcript(self._seed)
         self._start = start
         self._names = {name: party.name for party in parties for name in (party.name, *party.aliases)}
         self._modules = [sys.modules[party.cls.__module__] for party in parties] if follow_time else []
@@ -165,7 +165,7 @@ class AsyncKit:
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[Self]:
         self._time = Time(clock_of_this_run(), self._start)
-        with self._time.in_force(self._modules), seeded(self.seed):
+        with self._time.in_force(self._modules), seeded(self._seed):
             async with trio.open_nursery() as self._nursery:
                 try:
                     await self._nursery.start(self._machine.run)
@@ -186,8 +186,8 @@ class AsyncKit:
             if error is None:
                 await self._time.settle()
                 self._raise_errors()
-            elif isinstance(error, Exception) and self.transcript.show() not in str(error):
-                error.add_note(self.transcript.show())
+            elif isinstance(error, Exception) and self._transcript.show() not in str(error):
+                error.add_note(self._transcript.show())
         except BaseException as failed:
             with contextlib.suppress(BaseException):
                 await self._context.__aexit__(type(failed), failed, failed.__traceback__)
@@ -253,7 +253,7 @@ class AsyncKit:
 
     def note(self, text: str) -> None:
         """Add a line to the transcript."""
-        self.transcript.add(self._time.elapsed, text)
+        self._transcript.add(self._time.elapsed, text)
 
     def spawn(self, function: Callable[..., Awaitable[Any]], *arguments: Any) -> None:
         """Run something beside the test, for as long as the kit runs."""
@@ -268,7 +268,7 @@ class AsyncKit:
     def failure(self, text: str) -> str:
         """The text of a failure, with the transcript."""
         under_way = self._under_way()
-        return "\n".join([text, *under_way, "", self.transcript.show()])
+        return "\n".join([text, *under_way, "", self._transcript.show()])
 
     def _under_way(self) -> list[str]:
         """What rooms are doing, in words: why something may not have come."""
@@ -470,6 +470,16 @@ class AsyncKit:
     def deaths(self) -> int:
         """How many processes were killed."""
         return self._machine.deaths
+
+    @property
+    def seed(self) -> int:
+        """What decided what was free."""
+        return self._seed
+
+    @property
+    def transcript(self) -> str:
+        """What has happened so far."""
+        return self._transcript.show()
 
 
 def virtual(test: Callable[P, Awaitable[T]]) -> Callable[P, T]:

@@ -249,9 +249,14 @@ class Kit:
         return self._kit.deaths
 
     @property
+    def seed(self) -> int:
+        """What decided what was free."""
+        return self._kit.seed
+
+    @property
     def transcript(self) -> str:
         """What has happened so far."""
-        return self._kit.transcript.show()
+        return self._kit.transcript
 
 
 class _PlainRoomView(RoomView):
@@ -292,6 +297,11 @@ class Client:
 
     def __repr__(self) -> str:
         return repr(self._client)
+
+    @property
+    def name(self) -> str:
+        """What it is called in the transcript."""
+        return self._client.name
 
     @property
     def id(self) -> str:

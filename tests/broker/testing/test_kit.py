@@ -328,7 +328,7 @@ def test_what_becomes_due_happens_in_order_and_at_its_time():
                 client.send(name)
             await kit.advance(20)
             assert [len(client.received) for client in clients.values()] == [1, 1, 1]
-            lines = [line.split()[0] for line in kit.transcript.show().splitlines() if "◀" in line]
+            lines = [line.split()[0] for line in kit.transcript.splitlines() if "◀" in line]
             assert lines == ["2.000", "5.000", "9.000"]
 
     trio.run(main, clock=MockClock())
