@@ -182,22 +182,35 @@ class AsyncKit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool | None:
         assert self._context is not None
-        try:
-            if error is None:
+        mine: BaseException | None = None
+        if error is None:
+            try:
                 await self._time.settle()
                 self._raise_errors()
-            elif isinstance(error, Exception) and self._transcript.show() not in str(error):
-                error.add_note(self._transcript.show())
-        except BaseException as failed:
-            with contextlib.suppress(BaseException):
-                await self._context.__aexit__(type(failed), failed, failed.__traceback__)
-            raise
+                self._require_deaths()
+            except BaseException as failed:  # noqa: BLE001 - raised below, when everything has ended
+                kind, error, trace = type(failed), failed, failed.__traceback__
+                mine = failed
+        elif isinstance(error, Exception) and self.transcript not in str(error):
+            error.add_note(self.transcript)
         try:
-            return await self._context.__aexit__(kind, error, trace)
+            swallowed = await self._context.__aexit__(kind, error, trace)
         except BaseExceptionGroup as group:
-            if error is not None and group.exceptions == (error,):
-                return False  # as the test raised it, without the nursery's wrapping
-            raise
+            if group.exceptions != (error,):
+                raise
+            if mine is None:
+                return False  # as the test has raised it, without the nursery's wrapping
+        else:
+            if mine is None:
+                return swallowed
+        raise mine
+
+    def _require_deaths(self) -> None:
+        """A death that was ordered and did not come has tested nothing."""
+        for point in self._machine.ordered:
+            raise AssertionError(
+                self.failure(f"nothing has come to the point {point!r}: no process died there")
+            )
 
     async def _until_ready(self, what: str) -> None:
         if not await self._time.advance(RECOVERY_SECONDS, lambda: self._machine.ready):
@@ -460,6 +473,21 @@ class AsyncKit:
         else:
             self._machine.kill_gateway_at(at)
             self.note(f"the gateway will be killed: {at}")
+
+    async def reload(self, *app: App) -> None:
+        """Replace the code, as `broker reload` does: turns end within `drain`, sockets stay.
+
+        Args:
+            app: As for the kit; nothing: the same code, on new objects.
+        """
+        await self.settle()
+        parties = self._machine.parties
+        if app:
+            parties, _ = _load(app, {})
+        self.note("the code is replaced")
+        self._machine.replace_host(parties)
+        self._names = {name: party.name for party in parties for name in (party.name, *party.aliases)}
+        await self._recovered()
 
     async def _recovered(self) -> None:
         await self._time.settle()

@@ -89,10 +89,13 @@ class Machine:
         self._host_scope = trio.CancelScope()
         self._ending = False
         self.deaths = 0
+        #: Deaths that were ordered and have not come.
+        self._gateway_orders: list[str | int] = []
+        self._host_orders: list[str | int] = []
         #: Objects of rooms made by hosts that have gone, by key.
         self._constructed: dict[str, int] = {}
-        self._gateway_gone = trio.Event()
-        self._host_gone = trio.Event()
+        self._retire = trio.Event()
+        self._retiring_for: list[Party] = []
 
     # --- Start and end ----------------------------------------------------------------------------
 
@@ -148,8 +151,6 @@ class Machine:
                 pass
             finally:
                 self._bury_gateway(gateway, process)
-            self._gateway_gone.set()
-            self._gateway_gone = trio.Event()
 
     def _gateway_config(self) -> GatewayConfig:
         return GatewayConfig(
@@ -175,6 +176,7 @@ class Machine:
         """Kill it here and now: nothing that it still does reaches the outside."""
         if not self._gateway_process.dead:
             self.deaths += 1
+            self._gateway_orders.clear()
             self._gateway_process.dead = True
             for name in NAMES:
                 self.keeper.name(name, _copy(self.keeper.named[name]))
@@ -242,6 +244,7 @@ class Machine:
         elif point not in POINTS:
             raise ValueError(f"a gateway dies at a number of effects or at one of {POINTS}, not {point!r}")
         gateway.links.on_message = armed
+        self._gateway_orders.append(point)
 
     # --- The host ---------------------------------------------------------------------------------
 
@@ -256,14 +259,13 @@ class Machine:
                 with self._host_scope:
                     async with trio.open_nursery() as nursery:
                         host.begin(nursery)
+                        nursery.start_soon(self._retire_when_told, host)
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
             except* Killed:
                 pass
             finally:
                 self._bury_host(host, process)
-            self._host_gone.set()
-            self._host_gone = trio.Event()
 
     def _host_config(self) -> HostConfig:
         return HostConfig(
@@ -303,6 +305,7 @@ class Machine:
         if self._host_process.dead:
             return
         self.deaths += 1
+        self._host_orders.clear()
         self._host_process.dead = True
         host = self.host
         for key, (wakes, _) in host._pool._recent.items():
@@ -330,6 +333,19 @@ class Machine:
             commits._release = die  # type: ignore[method-assign]
         else:
             raise ValueError(f'a host dies at "before_commit" or "after_commit", not {point!r}')
+        self._host_orders.append(point)
+
+    def replace_host(self, parties: list[Party]) -> None:
+        """Have it end its turns, and another one run these parties."""
+        self._retiring_for = parties
+        self._retire.set()
+
+    async def _retire_when_told(self, host: Host) -> None:
+        await self._retire.wait()
+        self._retire = trio.Event()
+        await host._retire()
+        self.parties = self._retiring_for
+        self._host_scope.cancel()
 
     def _bury_host(self, host: Host, process: Process) -> None:
         if host._socket is not None:
@@ -356,7 +372,14 @@ class Machine:
     @property
     def ready(self) -> bool:
         """Whether gateway and host are there and know each other."""
-        return not self._gateway_process.dead and not self._host_process.dead and self.gateway.links.ready
+        if self._gateway_process.dead or self._host_process.dead or self._retire.is_set():
+            return False
+        return self.gateway.links.ready and not self.host._pool.retiring
+
+    @property
+    def ordered(self) -> list[str | int]:
+        """Deaths that were ordered and have not come."""
+        return self._gateway_orders + self._host_orders
 
 
 def _has_effects(item: list[Any]) -> bool:

@@ -243,6 +243,10 @@ class Kit:
         """Kill the process that owns the sockets. As `AsyncKit.crash_gateway`."""
         self._call(self._kit.crash_gateway, at)
 
+    def reload(self, *app: App) -> None:
+        """Replace the code. As `AsyncKit.reload`."""
+        self._call(self._kit.reload, *app)
+
     @property
     def deaths(self) -> int:
         """How many processes were killed."""

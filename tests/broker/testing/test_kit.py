@@ -614,3 +614,58 @@ def test_nothing_is_left_behind():
     gc.collect()
     assert descriptors() <= before
     assert not list(Path("/dev/shm").glob("broker-kit-*"))
+
+
+# --- New code ------------------------------------------------------------------------------------------
+
+
+def version(text):
+    class Versioned(Server):
+        async def on_message(self, message, sender):
+            await trio.sleep(float(message))
+            self.room.storage.put("by", text)
+            sender.send(text)
+
+    return Versioned
+
+
+def test_new_code_takes_over_when_the_turns_of_the_old_have_ended():  # S32
+    with Kit(version("old")) as kit:
+        anna = kit.connect("room", id="anna")
+        anna.send("5")
+        anna.send("0")
+        kit.reload(version("new"))
+        anna.expect("old", "new")
+        assert kit.deaths == 0
+        assert kit.elapsed == pytest.approx(5, abs=0.5)
+        kit.reload()
+        anna.send("0")
+        anna.expect("new")
+        assert kit.room("room").storage == {"by": "new"}
+
+
+def test_a_turn_that_takes_longer_than_drain_is_run_again_by_the_new_code():  # S32
+    with Kit(version("old"), drain=2) as kit:
+        anna = kit.connect("room", id="anna")
+        anna.send("5")
+        kit.reload(version("new"))
+        anna.expect("new", within=10)
+        anna.expect_nothing(10)
+
+
+def test_a_death_that_was_ordered_and_did_not_come_fails_the_test():
+    for order in ({"at": 3}, {"at": "mid_frame"}):
+        with pytest.raises(AssertionError, match=f"nothing has come to the point {order['at']!r}"):
+            with Kit(Counter) as kit:
+                kit.crash_gateway(**order)
+    with pytest.raises(AssertionError, match="nothing has come to the point 'after_commit'"):
+        with Kit(Counter) as kit:
+            kit.crash_host(at="after_commit")
+
+
+def test_a_fault_below_the_kit_is_raised_as_it_is(monkeypatch):
+    with pytest.raises(ExceptionGroup) as told, Kit(Counter) as kit:
+        anna = kit.connect("room", id="anna")
+        monkeypatch.setattr(kit._kit._machine.host._pool, "_flush", lambda: 1 / 0)
+        anna.send("x")
+    assert told.value.split(ZeroDivisionError)[0] is not None
