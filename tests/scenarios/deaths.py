@@ -1,4 +1,6 @@
-"""Deaths of processes: what rooms and clients notice of them, which is nothing (S22, S23, S34)."""
+"""Deaths and successors of processes: what rooms and clients notice of them, which is nothing (S22, S23, S32,
+S34).
+"""
 
 import trio
 
@@ -69,15 +71,13 @@ def scenario_sockets_go_on_after_the_death_of_their_gateway(stage: Stage):  # S3
 class Dying(Server):
     """Waits in the middle of a turn, for a death."""
 
-    async def on_start(self):
-        self.before = await self.room.storage.get("begun", 0)
-
     async def on_message(self, message, sender):
         sender.send(f"begun {message}")
-        self.room.storage.put("begun", self.before + 1)
+        before = await self.room.storage.get("begun", 0)
+        self.room.storage.put("begun", before + 1)
         if message.startswith("wait"):
             await trio.sleep(float(message.split()[1]))
-        sender.send([message, self.before])
+        sender.send([message, before])
 
 
 def scenario_a_turn_is_run_again_that_its_host_did_not_survive(stage: Stage):  # S22, S23
@@ -98,6 +98,18 @@ def scenario_a_turn_is_run_again_that_its_gateway_did_not_survive(stage: Stage):
     stage.asleep(Dying)
     anna.send("next")
     anna.expect("begun next", ["next", 1])
+
+
+def scenario_new_code_waits_for_turns_and_closes_no_socket(stage: Stage):  # S32
+    anna = stage.connect(Dying, "anna")
+    bob = stage.connect(Ledger, "bob", room="other")
+    bob.send("one")
+    bob.expect(["one", 1, 1, 1, "tag of bob"])
+    anna.send("wait 0.5", "next")
+    stage.reload()
+    anna.expect("begun wait 0.5", ["wait 0.5", 0], "begun next", ["next", 1])
+    bob.send("two")
+    bob.expect(["two", 1, 2, 2, "tag of bob"])
 
 
 def scenario_messages_that_came_while_nobody_was_there_are_not_lost(stage: Stage):  # S22

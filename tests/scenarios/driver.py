@@ -262,6 +262,10 @@ class Stage(ABC):
     def crash_gateway(self) -> None: ...
 
     @abstractmethod
+    def reload(self) -> None:
+        """Replace the code by the same code."""
+
+    @abstractmethod
     @contextmanager
     def errors(self, *kinds: type[BaseException]) -> Iterator[None]:
         """Room code raises these in the block, in this order, and the broker logs them with traceback."""

@@ -101,6 +101,9 @@ class KitStage(Stage):
     def crash_gateway(self) -> None:
         self.kit.crash_gateway()
 
+    def reload(self) -> None:
+        self.kit.reload()
+
     @contextmanager
     def errors(self, *kinds: type[BaseException]) -> Iterator[None]:
         with ExitStack() as stack:

@@ -167,6 +167,10 @@ class ProcessStage(Stage):
     def crash_gateway(self) -> None:
         self._broker.kill_gateway()
 
+    def reload(self) -> None:
+        status, output = self._broker.command("reload")
+        assert status == 0, output
+
     @contextmanager
     def errors(self, *kinds: type[BaseException]) -> Iterator[None]:
         before = len(self._raised())
