@@ -495,6 +495,15 @@ class AsyncKit:
         await self.settle()
 
     @property
+    def ordered(self) -> list[str | int]:
+        """Points at which a process is still to die."""
+        return self._machine.ordered
+
+    def cancel_orders(self) -> None:
+        """No process is to die any more at a point that was ordered."""
+        self._machine.cancel_orders()
+
+    @property
     def deaths(self) -> int:
         """How many processes were killed."""
         return self._machine.deaths

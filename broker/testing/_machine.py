@@ -24,6 +24,7 @@ from cbor2 import loads
 from broker.gateway.core import Gateway, Surroundings
 from broker.gateway.effects import WITH_EFFECTS
 from broker.gateway.ledger import CURSOR, NAMES, Ledger
+from broker.gateway.links import HostLink
 from broker.testing._keeper import Keeper, Session
 from broker.testing._sockets import Backlog, Killed, Listener, Process
 from broker.testing._writer import InlineWriter
@@ -49,6 +50,27 @@ CAPACITY: Final = 4096
 POINTS: Final = ("before_effects", "mid_frame", "after_effects")
 
 Failure = Callable[[str, "Cell | None", BaseException, dict[str, Any]], None]
+
+
+class _Steps:
+    """The ledger's header, in which each effect is noted before it begins (G3): counts them, and kills before
+    the first one that is too many.
+    """
+
+    def __init__(self, header: memoryview, most: int, die: Callable[[], None]) -> None:
+        self._header = header
+        self._left = most
+        self._die = die
+
+    def __getitem__(self, index: int) -> int:
+        return int(self._header[index])
+
+    def __setitem__(self, index: int, value: int) -> None:
+        if index == CURSOR:
+            if not self._left:
+                self._die()
+            self._left -= 1
+        self._header[index] = value
 
 
 class Machine:
@@ -200,34 +222,13 @@ class Machine:
         them, or after the last and before it has told the host.
         """
         gateway = self.gateway
-        carry_out = gateway.links.on_message
-        count = 0
+        carry_out = gateway.effects.carry_out
 
         def die() -> None:
             self.kill_gateway()
             raise Killed
 
-        class Steps:
-            """The ledger's header, in which each effect is noted before it begins (G3)."""
-
-            def __init__(self, header: Any) -> None:
-                self._header = header
-
-            def __getitem__(self, index: int) -> int:
-                return int(self._header[index])
-
-            def __setitem__(self, index: int, value: int) -> None:
-                nonlocal count
-                if index == CURSOR and counting:
-                    count += 1
-                    if count > point:  # type: ignore[operator]
-                        die()
-                self._header[index] = value
-
-        counting = False
-
-        def armed(host: Any, sequence: int, encoded: Any, items: list[Any]) -> None:
-            nonlocal counting
+        def armed(host: HostLink, sequence: int, encoded: bytes | bytearray, items: list[Any]) -> None:
             if not any(_has_effects(item) for item in items):
                 carry_out(host, sequence, encoded, items)
                 return
@@ -235,13 +236,12 @@ class Machine:
                 die()
             if point == "mid_frame":
                 self._gateway_process.tear = die
-            counting = True
+            elif isinstance(point, int):
+                gateway.effects._header = _Steps(gateway.ledger.header, point, die)  # type: ignore[assignment]
             carry_out(host, sequence, encoded, items)
             die()
 
-        if isinstance(point, int):
-            gateway.effects._header = Steps(gateway.effects._header)  # type: ignore[assignment]
-        elif point not in POINTS:
+        if not isinstance(point, int) and point not in POINTS:
             raise ValueError(f"a gateway dies at a number of effects or at one of {POINTS}, not {point!r}")
         gateway.links.on_message = armed
         self._gateway_orders.append(point)
@@ -380,6 +380,17 @@ class Machine:
     def ordered(self) -> list[str | int]:
         """Deaths that were ordered and have not come."""
         return self._gateway_orders + self._host_orders
+
+    def cancel_orders(self) -> None:
+        """No process is to die at a point any more."""
+        self._gateway_orders.clear()
+        self._host_orders.clear()
+        gateway, commits = self.gateway, self.host._commits
+        gateway.links.on_message = gateway.effects.carry_out
+        gateway.effects._header = gateway.ledger.header
+        self._gateway_process.tear = None
+        for name in ("_seal", "_release"):
+            vars(commits).pop(name, None)
 
 
 def _has_effects(item: list[Any]) -> bool:

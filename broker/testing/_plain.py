@@ -248,6 +248,15 @@ class Kit:
         self._call(self._kit.reload, *app)
 
     @property
+    def ordered(self) -> list[str | int]:
+        """Points at which a process is still to die."""
+        return self._kit.ordered
+
+    def cancel_orders(self) -> None:
+        """No process is to die any more at a point that was ordered."""
+        self._look(self._kit.cancel_orders)
+
+    @property
     def deaths(self) -> int:
         """How many processes were killed."""
         return self._kit.deaths

@@ -35,7 +35,7 @@ LOOKS: Final = (
     (pool, "CLOCK_SECONDS"),
     (pool, "REST_SECONDS"),
 )
-LOOKS_MAX: Final = 2_000
+LOOKS_MAX: Final = 1_000
 #: Deadlines nearer than this are the same moment.
 MOMENT_SECONDS: Final = 1e-9
 

@@ -1,7 +1,8 @@
-"""Runs a scenario in the kit."""
+"""Runs a scenario in the kit; if it is given chance, with deaths of host and gateway at every turn."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from random import Random
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -13,6 +14,8 @@ from tests.scenarios.driver import Answer, Connector, Stage
 __all__ = ["KitStage"]
 
 PATIENCE_SECONDS = 30.0
+GATEWAY_POINTS = ("before_effects", 0, 1, 2, 3, "mid_frame", "after_effects")
+HOST_POINTS = ("before_commit", "after_commit")
 
 
 class KitConnector(Connector):
@@ -53,12 +56,30 @@ class KitConnector(Connector):
         return bool(self._client.received)
 
 
+class ShakenConnector(KitConnector):
+    """Before it sends something a death is ordered, at a point that chance chooses."""
+
+    def __init__(self, client: Client, kit: Kit, chance: Random) -> None:
+        super().__init__(client)
+        self._kit = kit
+        self._chance = chance
+
+    def send(self, message: str | bytes) -> None:
+        if not self._kit.ordered:
+            if self._chance.random() < 0.5:
+                self._kit.crash_gateway(at=self._chance.choice(GATEWAY_POINTS))
+            else:
+                self._kit.crash_host(at=self._chance.choice(HOST_POINTS))
+        super().send(message)
+
+
 class KitStage(Stage):
     """One scenario on a kit that may have played others before."""
 
-    def __init__(self, name: str, kit: Kit) -> None:
+    def __init__(self, name: str, kit: Kit, chance: Random | None = None) -> None:
         super().__init__(name)
         self.kit = kit
+        self._chance = chance
 
     def _connect(self, target: str, headers: dict[str, str], subprotocols: list[str]) -> Connector | Answer:
         split = urlsplit(target)
@@ -77,6 +98,8 @@ class KitStage(Stage):
             )
         except Refused as refused:
             return Answer(refused.status, refused.response.headers, refused.response.body)
+        if self._chance is not None:
+            return ShakenConnector(client, self.kit, self._chance)
         return KitConnector(client)
 
     def _request(self, method: str, path: str, headers: dict[str, str], body: bytes) -> Answer:
