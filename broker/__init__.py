@@ -7,6 +7,7 @@
     cli/          the command line
     client/       the Python client, which is imported as `broker.client` alone
     demo/         the app of `broker demo`
+    testing/      the kit that users test their rooms with
 
 The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,
 from here to there. `Request` and `Response` are Quart's, and are imported when they are first asked for:

@@ -8,7 +8,6 @@ rides in the next commit), `storage.blame`.
 """
 
 from collections.abc import Callable, Sequence
-from time import time
 from typing import Any
 
 from cbor2 import dumps, loads
@@ -25,6 +24,7 @@ from hibernation.running import REPLAY, Mark, Running, mark_of, mark_of_start, r
 from hibernation.suspects import Suspect, Suspects
 from hibernation.turns import Turns
 from storage.blame import BlameTables, Letter, Quarantined, SuspectRow
+from storage.clock import now
 from storage.shards import Shard, ShardBatch
 
 log = get_logger("blame")
@@ -59,7 +59,7 @@ class Blame:
         if shards:
             known = [_suspect(row) for row in self._tables[self._home].suspects()]
             self.suspects = Suspects.at_start(
-                known, left, tries=config.settings.redelivery_tries, at=time(), code=code
+                known, left, tries=config.settings.redelivery_tries, at=now(), code=code
             )
             self._store_suspects(bool(known))
             self._read_quarantine(clean=left.clean)
@@ -142,11 +142,11 @@ class Blame:
 
     def _bury(self, cell: Cell, event: Event, suspect: Suspect) -> None:
         who, what = suspect.mark
-        letter = Letter(None, cell.key, who, what, dumps(event), suspect.deaths, suspect.reason, time())
+        letter = Letter(None, cell.key, who, what, dumps(event), suspect.deaths, suspect.reason, now())
         self._commits.blaming_of(cell).bury(letter)
 
     def _on_quarantine(self, cell: Cell, reason: str) -> None:
-        room = Quarantined(cell.key, reason, time(), self._code)
+        room = Quarantined(cell.key, reason, now(), self._code)
         self._quarantined[cell.key] = room
         self._commits.blaming_of(cell).quarantine(room)
         item = [wire.QUARANTINE, room.room, room.reason, room.since]

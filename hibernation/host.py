@@ -99,7 +99,13 @@ log = get_logger("host")
 class Host:
     """See the module; `serve` runs one. It is also what rooms reach the world through (`room.Backstage`)."""
 
-    def __init__(self, config: HostConfig, parties: list[Party], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: HostConfig,
+        parties: list[Party],
+        env: dict[str, str],
+        writer: Callable[[str], Writer] = Writer,
+    ) -> None:
         settings = config.settings
         self.config = config
         self._descriptions = [party.describe() for party in parties]
@@ -112,7 +118,7 @@ class Host:
         for index in config.shards:
             self._shards[index] = Shard(config.data, index, durability=settings.durability)
         self._blame = Blame(config, self._shards, code_of(parties))
-        self._writer = Writer("shards")
+        self._writer = writer("shards")
         self._epoll = epoll()
         self._epoll.register(self._writer.fd, EPOLLIN)
         self._socket: socket.socket | None = None
@@ -190,6 +196,12 @@ class Host:
 
     # --- Life of the process ----------------------------------------------------------------------
 
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Serve whatever gateway there is, in tasks of this nursery."""
+        self._nursery = self._background.nursery = nursery
+        nursery.start_soon(self._serve_gateways)
+        nursery.start_soon(self._tidy)
+
     async def run(self) -> None:
         """Serve until SIGTERM; then end the turns under way, release their effects, and return."""
         watchdog = Watchdog(
@@ -199,10 +211,8 @@ class Host:
         ended_well = False
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = self._background.nursery = nursery
-                nursery.start_soon(self._serve_gateways)
+                self.begin(nursery)
                 nursery.start_soon(self._beat)
-                nursery.start_soon(self._tidy)
                 with trio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:
                         break

@@ -19,7 +19,6 @@ import resource
 from collections import deque
 from collections.abc import Awaitable, Callable
 from math import inf
-from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
@@ -37,6 +36,7 @@ from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
 from hibernation.suspension import watched
+from storage.clock import monotonic
 
 #: Rooms whose last waking is remembered, for `broker rooms` and the admin pages.
 RECENT_ROOMS: Final = 1024
@@ -45,6 +45,8 @@ RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LAST_SECONDS: Final = 10.0
 #: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
 CLOCK_SECONDS: Final = 0.05
+#: How often it looks while nothing is.
+REST_SECONDS: Final = 1.0
 #: Workers that wait for something to do; further ones end.
 PARKED_MAX: Final = 64
 #: How often, at most, a room that stays while it has connections asks whether it has.
@@ -758,7 +760,7 @@ class Pool:
     async def _clock(self) -> None:
         look_at_memory = 0.0
         while True:
-            with trio.move_on_after(1):
+            with trio.move_on_after(REST_SECONDS):
                 await self._clock_wanted.wait()
             now = monotonic()
             self._evict_idle(now)

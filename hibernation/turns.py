@@ -66,6 +66,8 @@ class Turns:
         self.dev = dev
         self.exchanges: Exchanges
         self.failed = 0
+        #: Told of what room code has raised, in the place of the log.
+        self.on_failure: Callable[[str, Cell | None, BaseException, dict[str, Any]], None] | None = None
         # Set by the host: an event becomes a dead letter; the turn of a replayed one has ended, or failed.
         self.bury: Callable[[Cell, Event, Suspect], None]
         self.replayed: Callable[[Cell, Event, BaseException | None], None]
@@ -347,6 +349,9 @@ class Turns:
         **more: Any,
     ) -> None:
         """Say in the log what went wrong, and where: party, room, connection and traceback."""
+        if self.on_failure is not None:
+            self.on_failure(text, cell, error, more)
+            return
         if cell is not None:
             more["party"], _, more["room"] = cell.key.partition("/")
         if connection is not None:
