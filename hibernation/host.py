@@ -797,14 +797,14 @@ class Host:
         self, caller: str, key: str, fields: dict[str, Any], *, in_turn: bool, settings: Settings
     ) -> list[Any]:
         """Have another room answer. Cancelled: its turn is cancelled, too."""
-        cell = self._pool.cells.get(caller) if in_turn else None
+        cell = self._pool.cells.get(caller)
         kind = self._kinds[caller.partition("/")[0]]
         serial = in_turn and getattr(kind.cls, "concurrency", "serial") == "serial"
         answer = ["late"]
         with trio.move_on_after(settings.fetch_timeout):
             if cell is not None and cell.gate:
-                # What earlier turns wrote, and this one may have read, must not be told before it is on disk
-                # (H2).
+                # What earlier turns wrote, and who asks may have read, must not be told before it is on disk
+                # (H2); that holds for a stream, too.
                 stored = trio.Event()
                 self._commits.after(cell, stored.set)
                 self._flush()
@@ -822,7 +822,7 @@ class Host:
                     self._flush()
                     raise
         if answer[0] == "retiring":
-            if cell is not None:
+            if cell is not None and in_turn:
                 cell.abandoned = True  # the turn is not waited for, and the next host runs it again
             await trio.sleep_forever()
         return answer
