@@ -476,7 +476,7 @@ class Pool:
         overlap.workers += 1
         cell.running = True
         worker.cell = cell
-        if overlap.may_take(cell.events) and (cell.started or await self._wake(cell, worker, overlap)):
+        if overlap.may_take(cell.events) and await self._is_awake(cell, worker, overlap):
             budget = self._settings.turns_per_room_burst
             room = cell.room
             assert room is not None
@@ -508,8 +508,12 @@ class Pool:
         if self.probation is not None:
             self._rested(self.probation, cell)
 
-    async def _wake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
-        """Construct and start a room; nothing of it runs beside that. False: it is tried again later."""
+    async def _is_awake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
+        """Construct and start a room, if it is not awake; nothing of it runs beside that. False: it is tried
+        again later.
+        """
+        if cell.server is not None and cell.started:
+            return True
         overlap.starting = True
         try:
             if cell.server is None and not self._construct(cell, worker):
