@@ -185,7 +185,7 @@ class AsyncKit:
         mine: BaseException | None = None
         if error is None:
             try:
-                await self._time.settle()
+                await self._time.settle()  # noqa: ASYNC102 - it takes no time
                 self._raise_errors()
                 self._require_deaths()
             except BaseException as failed:  # noqa: BLE001 - raised below, when everything has ended
@@ -194,7 +194,7 @@ class AsyncKit:
         elif isinstance(error, Exception) and self.transcript not in str(error):
             error.add_note(self.transcript)
         try:
-            swallowed = await self._context.__aexit__(kind, error, trace)
+            swallowed = await self._context.__aexit__(kind, error, trace)  # noqa: ASYNC102 - as above
         except BaseExceptionGroup as group:
             if group.exceptions != (error,):
                 raise

@@ -89,7 +89,7 @@ class Kit:
             await self._end.wait()
         finally:
             error = self._error
-            await self._kit.__aexit__(
+            await self._kit.__aexit__(  # noqa: ASYNC102 - nothing cancels it from outside
                 None if error is None else type(error), error, None if error is None else error.__traceback__
             )
 
@@ -114,25 +114,23 @@ class Kit:
 
     def _call(self, call: Call, *arguments: Any, **named: Any) -> Any:
         """Have something done in the kit's thread."""
+
+        async def work() -> Any:
+            return await call(*arguments, **named)
+
+        return trio.from_thread.run(work, trio_token=self._running_token())
+
+    def _look(self, look: Callable[[], T]) -> T:
+        """Have something read in the kit's thread."""
+        return trio.from_thread.run_sync(look, trio_token=self._running_token())
+
+    def _running_token(self) -> trio.lowlevel.TrioToken:
         token = self._token
         if token is None:
             if self._failure is not None:
                 raise self._failure
             raise RuntimeError("the kit is not running: use it in its `with` block")
-
-        async def work() -> Any:
-            return await call(*arguments, **named)
-
-        return trio.from_thread.run(work, trio_token=token)
-
-    def _look(self, look: Callable[[], T]) -> T:
-        """Have something read in the kit's thread."""
-
-        async def work() -> T:
-            return look()
-
-        found: T = self._call(work)
-        return found
+        return token
 
     # --- Clients ----------------------------------------------------------------------------------
 

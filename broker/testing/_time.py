@@ -7,6 +7,7 @@ real time, except for threads that room code has started.
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from types import ModuleType
@@ -15,8 +16,6 @@ from typing import Any, Final
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from broker.gateway import hub
-from hibernation import pool
 from storage import clock
 
 __all__ = ["START", "Time", "seeded"]
@@ -30,10 +29,11 @@ THREAD_SECONDS: Final = 0.002
 #: How often the loops of gateway and host look whether something is due, or has to be seen to; and how often
 #: at most during one `advance`. What has a deadline of its own is done at its time in any case.
 LOOKS: Final = (
-    (hub, "CLOCK_SECONDS"),
-    (hub, "REST_SECONDS"),
-    (pool, "CLOCK_SECONDS"),
-    (pool, "REST_SECONDS"),
+    ("broker.gateway.hub", "CLOCK_SECONDS"),
+    ("broker.gateway.hub", "REST_SECONDS"),
+    ("hibernation.pool", "CLOCK_SECONDS"),
+    ("hibernation.pool", "REST_SECONDS"),
+    ("hibernation.wall_clock", "LOOK_SECONDS"),
 )
 LOOKS_MAX: Final = 1_000
 #: Deadlines nearer than this are the same moment.
@@ -115,7 +115,11 @@ def _coarsely(seconds: float) -> Iterator[None]:
     """Have what the broker's loops look at now and then be looked at less often during a long time: they
     would be most of what is done in it.
     """
-    usual = [(module, name, getattr(module, name)) for module, name in LOOKS]
+    usual = [
+        (module, name, getattr(module, name))
+        for module, name in ((sys.modules.get(module), name) for module, name in LOOKS)
+        if hasattr(module, name)
+    ]
     try:
         for module, name, value in usual:
             setattr(module, name, max(value, seconds / LOOKS_MAX))

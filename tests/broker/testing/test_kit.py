@@ -605,6 +605,7 @@ def test_nothing_is_left_behind():
             kit.crash_host()
             anna.send("a")
             anna.expect("1 a", "done")
+        assert not kit._kit._machine.data.exists()
 
     run()
     gc.collect()
@@ -613,7 +614,6 @@ def test_nothing_is_left_behind():
         run()
     gc.collect()
     assert descriptors() <= before
-    assert not list(Path("/dev/shm").glob("broker-kit-*"))
 
 
 # --- New code ------------------------------------------------------------------------------------------
@@ -664,8 +664,9 @@ def test_a_death_that_was_ordered_and_did_not_come_fails_the_test():
 
 
 def test_a_fault_below_the_kit_is_raised_as_it_is(monkeypatch):
-    with pytest.raises(ExceptionGroup) as told, Kit(Counter) as kit:
+    with pytest.raises(Exception) as told, Kit(Counter) as kit:
         anna = kit.connect("room", id="anna")
         monkeypatch.setattr(kit._kit._machine.host._pool, "_flush", lambda: 1 / 0)
         anna.send("x")
+    assert isinstance(told.value, ExceptionGroup)
     assert told.value.split(ZeroDivisionError)[0] is not None
