@@ -15,6 +15,7 @@ Quart takes 35 MB, and many apps use it in annotations alone.
 from typing import TYPE_CHECKING
 
 from broker.server import Server
+from hibernation.crons import Cron
 from hibernation.errors import (
     AppError,
     BrokerError,
@@ -28,6 +29,7 @@ from hibernation.errors import (
     TurnTimeout,
 )
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.room_alarms import Alarm
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "Alarm",
+    "Cron",
     "Request",
     "Response",
     "Refuse",

@@ -40,14 +40,16 @@ class Server:
         on_connect(self, connection, ctx)
         on_message(self, message, sender)                         message: str or bytes
         on_close(self, connection, code, reason, was_clean)       exactly once per connection
-        on_error(self, connection, error)                         connection is None for requests
+        on_error(self, connection, error)                         connection is None for requests and alarms
         on_request(self, request)                                 returns what a Quart view may return
+        on_alarm(self, alarm)                                     an alarm that the room has set is due
 
     and static methods, which run before there is a room:
 
         on_before_connect(request, lobby)                         go on, or refuse
         on_before_request(request, lobby)
         on_fetch(request, lobby)                                  main party: requests that belong to no room
+        on_cron(cron, lobby)                                      main party: one of `crons` is due
 
     Raises HookError or SettingError where a subclass is made whose hooks or settings cannot work.
     """
@@ -62,6 +64,10 @@ class Server:
     """How turns of one room overlap: not at all (S19)."""
     subprotocols: ClassVar[tuple[str, ...] | list[str]] = ()
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
+    crons: ClassVar[Mapping[str, str]] = {}
+    """Main party: when `on_cron` is called, by names of one's own: five fields as in crontab(5) (S31)."""
+    cron_timezone: ClassVar[str] = "UTC"
+    """The time zone that `crons` are meant in, such as "Europe/Berlin"."""
     cors: ClassVar[bool | Mapping[str, str]] = False
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
 
@@ -77,6 +83,9 @@ class Server:
     state_bytes_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
+    alarms_max: ClassVar[int]
+    alarm_payload_bytes_max: ClassVar[int]
+    alarm_tries: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]

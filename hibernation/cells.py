@@ -14,6 +14,7 @@ import trio
 
 from hibernation.party import Party
 from hibernation.settings import RoomSettings, Settings
+from storage.alarms import AlarmRow
 from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
@@ -72,8 +73,10 @@ class Cell:
     gate = 0
     #: The shard of those writes.
     shard = -1
-    #: Everything stored before `pending` is to be deleted.
+    #: Everything stored before `pending` and `pending_alarms` is to be deleted.
     pending_cleared = False
+    #: Alarms set or deleted, not yet committed: name to row, None for deleted.
+    pending_alarms: "dict[str, AlarmRow | None] | None" = None
     #: Attempts to start that failed, since when, and when to try again; 0: at once; infinity: in quarantine.
     failures = 0
     failing_since = 0.0
@@ -123,12 +126,19 @@ class Batch:
     edits: "list[tuple[Cell, Connection]]" = field(default_factory=list)
     cells: set[Cell] = field(default_factory=set)
     after: list[Callable[[], None]] = field(default_factory=list)
+    #: The same of what does not depend on the gateway.
+    claims: list[Callable[[], None]] = field(default_factory=list)
     #: What its turns have staged, about.
     bytes: int = 0
     #: By shard: rows up to there have been executed, and leave the outbox with this commit.
     executed: dict[int, int] = field(default_factory=dict)
     #: Shards on which it is not yet committed.
     left: list[int] = field(default_factory=list)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for its commit."""
+        return bool(self.results or self.after or self.claims)
 
 
 class Worker:

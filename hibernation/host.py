@@ -37,11 +37,13 @@ import trio
 from outcome import Value
 
 from hibernation import wire
+from hibernation.alarms import Alarms
 from hibernation.blame import Blame
 from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
+from hibernation.crons import Crons, main_party
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
@@ -162,6 +164,26 @@ class Host:
             self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
         )
         self._commits.absolve = self._blame.running.absolve
+        self._alarms = Alarms(
+            self._shards, self._kinds, self._pool, self._commits, settings.alarms_in_flight_max
+        )
+        self._crons = Crons(
+            main_party(parties),
+            self._shards,
+            settings,
+            env,
+            self._pool,
+            self._commits,
+            self._flush,
+            self._turns.log_failure,
+        )
+        self._turns.alarms = self._blame.alarms = self._alarms
+        self._commits.alarms_stored = self._alarms.stored
+        # What rooms ask of alarms (`room_alarms.AlarmSource`).
+        self.check_alarms = self._alarms.check_alarms
+        self.read_alarm = self._alarms.read_alarm
+        self.read_alarms = self._alarms.read_alarms
+        self.count_alarms = self._alarms.count_alarms
         for index, shard in self._shards.items():
             for row, items in shard.rows():
                 self._put_row(index, row, items)
@@ -181,6 +203,8 @@ class Host:
                 nursery.start_soon(self._serve_gateways)
                 nursery.start_soon(self._beat)
                 nursery.start_soon(self._tidy)
+                nursery.start_soon(self._alarms.run)
+                nursery.start_soon(self._crons.run)
                 with trio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:
                         break
@@ -210,6 +234,8 @@ class Host:
             link = await self._connect()
             if link is not None:
                 self._serve(link)
+                self._alarms.open()
+                self._crons.open()
                 await self._pool.run()
                 self._forget()  # also what was still said while tasks came to their end
                 await self._finish_commits()
@@ -290,6 +316,8 @@ class Host:
         """Of what was meant for a former gateway only the results of turns are said to the next, whose
         numbers mean other things; and it knows all values that they leave with it.
         """
+        self._alarms.close()
+        self._crons.close()
         self._outgoing.clear()
         self._out = [item for item in self._out if item[0] in _RESULTS]
         self._out_edits.clear()
@@ -320,7 +348,9 @@ class Host:
         self._pool.retire()
         self._flush()
         with trio.move_on_after(self.config.settings.drain):
-            while self._pool.busy or self._exchanges.busy or not self._commits.idle:  # noqa: ASYNC110
+            while (  # noqa: ASYNC110
+                self._pool.busy or self._exchanges.busy or self._crons.busy or not self._commits.idle
+            ):
                 await trio.sleep(RECONNECT_SECONDS)
         with trio.move_on_after(LAST_WORDS_SECONDS):
             while not self._commits.idle or self._has_words_left():  # noqa: ASYNC110
@@ -378,7 +408,7 @@ class Host:
         self.turn_count += 1
         room._effects = None
         storage = room._storage
-        if storage is not None and (storage._writes or storage._cleared):
+        if storage is not None and (storage._writes or storage._cleared or storage._alarms):
             self._commits.stage(cell, room)
         undo = room._undo
         if not cell.gate:
@@ -605,6 +635,8 @@ class Host:
             "commits": self._commits.count,
             "paused": self._commits.paused,
             **self._blame.counts(),
+            **self._alarms.counts(),
+            **self._crons.counts(),
         }
 
     # --- What `room.Backstage` promises -----------------------------------------------------------

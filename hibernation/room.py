@@ -9,7 +9,7 @@ gateway or counted in `_edits`, so that the next turn of the room reads them and
 event may still carry.
 """
 
-from collections.abc import AsyncIterator, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextvars import ContextVar
 from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol, overload
 from cbor2 import loads
 
 from hibernation import wire
+from hibernation.done import Done as _Done
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
+from hibernation.room_alarms import AlarmMethods, AlarmSource
 from hibernation.settings import Settings
 from storage.shards import key_bytes
 from storage.values import decode, encode
@@ -35,7 +37,7 @@ _UNREAD: Final[Any] = object()
 _turn: ContextVar[list[Any] | None] = ContextVar("turn", default=None)
 
 
-class Backstage(Protocol):
+class Backstage(AlarmSource, Protocol):
     """What a room needs of its host."""
 
     def read(self, key: str, name: str) -> bytes | None:
@@ -56,19 +58,6 @@ class Backstage(Protocol):
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
-
-
-class _Done:
-    """Already done: awaiting it gives the value at once. What storage writes return."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Any = None) -> None:
-        self._value = value
-
-    def __await__(self) -> Generator[None, None, Any]:
-        yield from ()
-        return self._value
 
 
 _DONE: Final = _Done()
@@ -355,19 +344,20 @@ def check_close(code: int, reason: str) -> tuple[int, str]:
     return int(code), reason
 
 
-class Storage:
-    """The room's own keys and values, kept on disk.
+class Storage(AlarmMethods):
+    """The room's own keys and values, and its alarms, kept on disk.
 
     Writes take effect at the call, for this turn's and later turns' reads, and are durable when the turn's
     effects leave; a turn that fails leaves nothing of them. What they return may be awaited, and need not be.
     """
 
-    __slots__ = ("_cleared", "_room", "_writes")
+    __slots__ = ("_alarms", "_cleared", "_room", "_writes")
 
     def __init__(self, room: "Room") -> None:
         self._room = room
         #: This turn's writes: None means deleted.
         self._writes: dict[str, bytes | None] = {}
+        self._alarms = {}
         self._cleared = False
 
     @overload
@@ -444,9 +434,10 @@ class Storage:
         return _Done(count)
 
     def delete_all(self) -> _Done:
-        """Remove everything that the room has stored."""
+        """Remove everything that the room has stored, its alarms too."""
         self._room._staging()
         self._writes.clear()
+        self._alarms.clear()
         self._cleared = True
         return _DONE
 
@@ -614,7 +605,7 @@ class Room:
 
     @property
     def storage(self) -> Storage:
-        """The room's keys and values."""
+        """The room's keys and values, and its alarms."""
         storage = self._storage
         if storage is None:
             storage = self._storage = Storage(self)
@@ -738,6 +729,10 @@ class Room:
             raise RoomGone(self.key)
         return effects
 
+    def _in_turn(self) -> bool:
+        """Whether whoever asks is in the turn that is under way, and nothing that an earlier one has left."""
+        return _turn.get() is self._effects
+
     def _count(self, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
         total = self._bytes + size
@@ -766,6 +761,7 @@ class Room:
         self._undo.clear()
         if self._storage is not None:
             self._storage._writes.clear()
+            self._storage._alarms.clear()
             self._storage._cleared = False
         self._evict = False
 
