@@ -142,12 +142,13 @@ class AlarmBook:
             # Those that are in flight may still be on disk.
             rows = self._read_room(room, self._of_room[room] + 1)
             row = next((row for row in rows if row.number not in self._in_flight), None)
-            if row is None or row.due_ms > now_ms:
-                # What is to come lies behind the place, or is put there by a commit.
-                self._passed.discard(room)
-                del self._again[room]
-            else:
+            if row is not None and row.due_ms <= now_ms:
                 found.append(row)
+                continue
+            self._passed.discard(room)
+            del self._again[room]
+            if row is not None:  # it was due before the clock was set back, perhaps
+                self._go_back(self._shard_of(room), row.due_ms)
         return sorted(found)
 
     def ran(self, number: int) -> None:

@@ -110,7 +110,7 @@ def test_it_is_due_when_a_clock_that_is_looked_at_each_minute_shows_it(expressio
     moment = start + timedelta(seconds=offset)
     end = start + timedelta(hours=30)
     expected = list(islice(minutes(expression, zone, moment, end), 12))
-    found = []
+    found: list[datetime] = []
     while len(found) < 12 and (moment := schedule.next_after(moment)) <= end:
         found.append(moment)
     assert found == expected
