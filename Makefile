@@ -1,7 +1,8 @@
 # `make demo` and `make test` each set up what they need first; a second run finds it in place.
-# PYTHON names the interpreter that .venv is made with (3.11 or newer).
+# PYTHON names the interpreter that .venv is made with (3.11 or newer), JOBS is how many test files run side by side.
 
 PYTHON ?= python3
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -18,7 +19,7 @@ help:
 	@echo "make bench   set up and run the benchmarks"
 	@echo "make check   lint (ruff, flake8-async) and types (mypy strict)"
 	@echo "make format  let ruff format and sort imports"
-	@echo "make tools   install Chromium, nginx, strace and the Node packages that tests use (root, Debian)"
+	@echo "make tools   install Chromium, nginx, openssl, strace and the Node packages of the tests (root, Debian)"
 	@echo "make lock    resolve requirements*.txt anew"
 	@echo "make clean   remove what the above made"
 
@@ -35,7 +36,7 @@ demo: setup
 	$(BIN)/broker demo
 
 test: setup
-	$(BIN)/python -m pytest $(T)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(T)
 
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(B)

@@ -5,6 +5,7 @@
     host.py       the process that runs room code
     gateway/      the process that owns sockets
     cli/          the command line
+    client/       the Python client, which is imported as `broker.client` alone
     demo/         the app of `broker demo`
 
 The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,
@@ -15,6 +16,7 @@ Quart takes 35 MB, and many apps use it in annotations alone.
 from typing import TYPE_CHECKING
 
 from broker.server import Server
+from hibernation.auto_responses import AutoResponse
 from hibernation.crons import Cron
 from hibernation.errors import (
     AppError,
@@ -45,6 +47,7 @@ __all__ = [
     "Storage",
     "Alarm",
     "Cron",
+    "AutoResponse",
     "Request",
     "Response",
     "Refuse",

@@ -6,9 +6,10 @@ and still type-checks. Its peers are `hibernation.party`, which knows the hooks,
 calls them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
+from hibernation.auto_responses import AutoResponse
 from hibernation.party import check_class
 from hibernation.room import Room
 
@@ -60,10 +61,13 @@ class Server:
     hibernate: ClassVar[bool] = True
     """Whether the object may go while connections are open. False: it stays until the last one has left
     (S6)."""
-    concurrency: ClassVar[Literal["serial"]] = "serial"
-    """How turns of one room overlap: not at all (S19)."""
+    concurrency: ClassVar[Literal["serial", "per_connection", "interleave"]] = "serial"
+    """How turns of one room may overlap where one waits: not at all; those of different connections, and
+    requests; or all. Messages of one connection always begin, and take effect, in their order (S19)."""
     subprotocols: ClassVar[tuple[str, ...] | list[str]] = ()
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
+    auto_responses: ClassVar[Mapping[Any, str | bytes] | Sequence[AutoResponse]] = ()
+    """Messages that the gateway answers without waking a room, such as {"ping": "pong"} (S16)."""
     crons: ClassVar[Mapping[str, str]] = {}
     """Main party: when `on_cron` is called, by names of one's own: five fields as in crontab(5) (S31)."""
     cron_timezone: ClassVar[str] = "UTC"
@@ -81,14 +85,18 @@ class Server:
     tags_max: ClassVar[int]
     tag_bytes_max: ClassVar[int]
     state_bytes_max: ClassVar[int]
+    auto_responses_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
     alarms_max: ClassVar[int]
     alarm_payload_bytes_max: ClassVar[int]
     alarm_tries: ClassVar[int]
+    background_max: ClassVar[int]
     message_bytes_max: ClassVar[int]
     outbox_bytes_max: ClassVar[int]
     slow_consumer: ClassVar[Literal["close", "drop_oldest", "drop_newest"]]
+    compression: ClassVar[Literal["off", "deflate"]]
+    compression_bytes_min: ClassVar[int]
     room_connections_max: ClassVar[int]
     origins: ClassVar[Literal["*"] | tuple[str, ...] | list[str] | None]
 

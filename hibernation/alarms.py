@@ -23,7 +23,7 @@ from hibernation.errors import HookError
 from hibernation.hooks import HOOKS
 from hibernation.logs import get_logger
 from hibernation.pool import Pool
-from hibernation.room import Room
+from hibernation.room import Room, Turn
 from hibernation.room_alarms import Alarm
 from hibernation.running import ALARM
 from hibernation.wall_clock import from_now_ms, now_ms, wait_until_ms
@@ -144,23 +144,24 @@ class Alarms:
 
     # --- The turn ---------------------------------------------------------------------------------
 
-    def begin(self, room: Room, event: Event) -> Alarm | None:
+    def begin(self, turn: Turn, event: Event) -> Alarm | None:
         """Stage the end of an alarm whose turn begins, and give what its hook is told. None: it has been
         deleted, set anew, or is not due by the clock as it is now.
         """
         row = self._current(event)
         if row is None or row.due_ms > now_ms():
             return None
-        room.storage._alarms[row.name] = None
+        turn.alarm = row.name
+        turn.set_alarm(row.name, None)
         self.runs += 1
         return Alarm(row)
 
-    def fail(self, room: Room, event: Event, error: BaseException) -> None:
+    def fail(self, room: Room, turn: Turn, event: Event, error: BaseException) -> None:
         """Stage another attempt of an alarm whose turn has failed, or none, if it has had all; unless
         `on_error` has changed it.
         """
         row = self._current(event)
-        if row is None or self._is_changed(room, row.name):
+        if row is None or self._is_changed(turn, row.name):
             return
         self.failures += 1
         attempt = row.attempt + 1
@@ -174,7 +175,7 @@ class Alarms:
         else:
             seconds = min(RETRY_FIRST_SECONDS * 2 ** min(attempt - 1, 30), RETRY_LAST_SECONDS)
             row = row._replace(due_ms=from_now_ms(seconds * uniform(1 - JITTER, 1 + JITTER) * 1000))
-        room.storage._alarms[row.name] = row
+        turn.set_alarm(row.name, row)
 
     def letter(self, event: Event) -> Event | None:
         """An alarm that is given up, as a whole event for a dead letter; None: it is no more."""
@@ -183,10 +184,10 @@ class Alarms:
             return None
         return [*event, row.scheduled_ms, row.attempt, row.payload]
 
-    def drop(self, room: Room, name: str) -> None:
+    def drop(self, turn: Turn, event: Event) -> None:
         """Stage the end of an alarm that is given up, unless `on_error` has set it again."""
-        if not self._is_changed(room, name):
-            room.storage._alarms[name] = None
+        if self._current(event) is not None and not self._is_changed(turn, event[2]):
+            turn.set_alarm(event[2], None)
 
     def ended(self, cell: Cell, event: Event, *, again: bool = False) -> None:
         """The turn of an alarm is over, and what it has staged is with the commits; `again`: it was not
@@ -206,8 +207,8 @@ class Alarms:
         row = self.read_alarm(key, name)
         return row if row is not None and row.number == number and not row.failed else None
 
-    def _is_changed(self, room: Room, name: str) -> bool:
-        return name in room.storage._alarms or room.storage._cleared
+    def _is_changed(self, turn: Turn, name: str) -> bool:
+        return turn.cleared or (turn.alarms is not None and name in turn.alarms)
 
     # --- What `room_alarms.AlarmSource` promises --------------------------------------------------
 

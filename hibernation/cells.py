@@ -5,7 +5,7 @@ Owns no behaviour beyond making them. Peers: `hibernation.host`, which runs turn
 is made of.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -18,6 +18,8 @@ from storage.alarms import AlarmRow
 from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
+    from hibernation.background import Work
+    from hibernation.overlap import Overlap
     from hibernation.room import Connection, Room
 
 #: An event of the link: its kind, its room's key, and what `hibernation.wire` says of that kind.
@@ -36,9 +38,11 @@ class Kind:
         "hibernate",
         "hooks",
         "idle_seconds",
+        "interleaves",
         "message_parameters",
         "name",
         "notes_start",
+        "overlaps",
         "parameters",
         "settings",
         "starts",
@@ -52,6 +56,9 @@ class Kind:
         self.hibernate = party.hibernate
         self.idle_seconds = self.settings.idle_seconds
         self.evicts_at_once = self.hibernate and not self.idle_seconds
+        #: Turns of one room may overlap, and those of one connection too.
+        self.overlaps = party.concurrency != "serial"
+        self.interleaves = party.concurrency == "interleave"
         self.starts = party.has_on_start
         #: Whether the start of a room runs code of the app's, which may end the host.
         self.notes_start = self.starts or getattr(party.cls.__init__, "__module__", "") != SERVER_MODULE
@@ -81,8 +88,10 @@ class Cell:
     failures = 0
     failing_since = 0.0
     retry_at = 0.0
-    #: Streamed responses that are still being made.
+    #: What keeps the object in memory beside turns: streamed responses that are still being made, and pieces
+    #: of background work that have not ended; and these themselves.
     streams = 0
+    background: "Sequence[Work]" = ()
     #: When its last turn ended, for rooms that stay a while.
     used_at = 0.0
     #: For those that stay while they have connections: when to ask for them again, and since when it is known
@@ -97,6 +106,8 @@ class Cell:
     #: `on_start` has run, or there is none.
     started = False
     running = False
+    #: Which of its turns are under way, if they may overlap.
+    overlap: "Overlap | None" = None
     #: It may not run before the disk takes what it has written.
     held = False
 
@@ -126,19 +137,14 @@ class Batch:
     edits: "list[tuple[Cell, Connection]]" = field(default_factory=list)
     cells: set[Cell] = field(default_factory=set)
     after: list[Callable[[], None]] = field(default_factory=list)
-    #: The same of what does not depend on the gateway.
-    claims: list[Callable[[], None]] = field(default_factory=list)
+    #: The same, and not for anybody who goes with the gateway.
+    lasting: list[Callable[[], None]] = field(default_factory=list)
     #: What its turns have staged, about.
     bytes: int = 0
     #: By shard: rows up to there have been executed, and leave the outbox with this commit.
     executed: dict[int, int] = field(default_factory=dict)
     #: Shards on which it is not yet committed.
     left: list[int] = field(default_factory=list)
-
-    @property
-    def wanted(self) -> bool:
-        """Whether somebody waits for its commit."""
-        return bool(self.results or self.after or self.claims)
 
 
 class Worker:

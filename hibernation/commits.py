@@ -27,7 +27,8 @@ from cbor2 import dumps
 from hibernation import wire
 from hibernation.cells import Batch, Cell
 from hibernation.logs import get_logger
-from hibernation.room import Connection, Room, Storage
+from hibernation.room import Connection, Turn
+from storage.alarms import AlarmRow
 from storage.blame import BlameBatch
 from storage.crons import CronRow
 from storage.errors import CommitRefused
@@ -88,7 +89,22 @@ class Commits:
     @property
     def idle(self) -> bool:
         """Whether nothing waits for the disk."""
-        return self._committing is None and not self._forming.wanted
+        forming = self._forming
+        return self._committing is None and not (forming.results or forming.after or forming.lasting)
+
+    @property
+    def newest(self) -> int:
+        """Number of the newest batch that anything waits for; 0: nothing waits."""
+        forming = self._forming
+        if forming.results or forming.after or forming.lasting:
+            return forming.number
+        committing = self._committing
+        return 0 if committing is None else committing.number
+
+    def has_ended(self, number: int) -> bool:
+        """Whether the batch with this number, and all before it, are on disk."""
+        committing = self._committing
+        return self._forming.number > number and (committing is None or committing.number > number)
 
     @property
     def writing(self) -> bool:
@@ -101,9 +117,8 @@ class Commits:
         committing = self._committing
         return self._forming.bytes + (committing.bytes if committing is not None else 0)
 
-    def stage(self, cell: Cell, room: Room) -> None:
+    def stage(self, cell: Cell, turn: Turn) -> None:
         """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
-        storage = room.storage
         forming = self._forming
         index = cell.shard
         if index < 0:
@@ -111,26 +126,27 @@ class Commits:
         batch = forming.shards.get(index)
         if batch is None:
             batch = forming.shards[index] = ShardBatch()
-        if storage._cleared:
+        if turn.cleared:
             batch.clear(cell.key)
             cell.pending.clear()
-            cell.pending_cleared = room._pending_cleared = True
+            cell.pending_cleared = True
             cell.pending_alarms = None
-            storage._cleared = False
-        for name, blob in storage._writes.items():
-            if blob is None:
-                batch.delete(cell.key, name)
-            else:
-                batch.put(cell.key, name, blob)
-        cell.pending.update(storage._writes)
-        storage._writes.clear()
-        if storage._alarms:
-            self._stage_alarms(cell, storage, batch)
+            assert cell.room is not None
+            cell.room._pending_cleared = True
+        writes = turn.writes
+        if writes is not None:
+            for name, blob in writes.items():
+                if blob is None:
+                    batch.delete(cell.key, name)
+                else:
+                    batch.put(cell.key, name, blob)
+            cell.pending.update(writes)
+        if turn.alarms:
+            self._stage_alarms(cell, turn.alarms, batch)
         cell.gate = forming.number
         forming.cells.add(cell)
 
-    def _stage_alarms(self, cell: Cell, storage: Storage, batch: ShardBatch) -> None:
-        changes = storage._alarms
+    def _stage_alarms(self, cell: Cell, changes: dict[str, AlarmRow | None], batch: ShardBatch) -> None:
         batch.alarming.stage(cell.key, changes)
         if cell.pending_alarms is None:
             cell.pending_alarms = {}
@@ -138,7 +154,6 @@ class Commits:
         dues = [row.due_ms for row in changes.values() if row is not None and not row.failed]
         if dues:
             self._forming.after.append(partial(self.alarms_stored, cell.shard, min(dues)))
-        changes.clear()
 
     def hold(
         self, cell: Cell, result: list[Any], edits: list[tuple[Cell, Connection]], size_bytes: int = 0
@@ -157,10 +172,23 @@ class Commits:
         if edits:
             batch.edits.extend(edits)
 
-    def after(self, cell: Cell, action: Callable[[], None]) -> None:
-        """Call `action` when the newest writes of the room are on disk; now, if they are."""
+    def must_store(self, cell: Cell) -> None:
+        """The result that the room holds next is to be on disk before it leaves, whether or not its turn
+        wrote.
+        """
+        if cell.shard < 0:
+            cell.shard = self.shard_of(cell.key)
+        self._forming.shards.setdefault(cell.shard, ShardBatch())
+        cell.gate = self._forming.number
+        self._forming.cells.add(cell)
+
+    def after(self, cell: Cell, action: Callable[[], None], *, lasting: bool = False) -> None:
+        """Call `action` when the newest writes of the room are on disk; now, if they are. Not, if the gateway
+        goes before, unless it is `lasting`.
+        """
         if cell.gate:
-            self._batch_of(cell).after.append(action)
+            batch = self._batch_of(cell)
+            (batch.lasting if lasting else batch.after).append(action)
         else:
             action()
 
@@ -174,9 +202,9 @@ class Commits:
         A row on disk says that its connections have come so far. What they did before without writing must
         not be lost with this process: so a batch waits until the gateway has that (`ready`).
         """
-        if self._committing is not None or not self._forming.wanted:
-            return
         batch = self._forming
+        if self._committing is not None or not (batch.results or batch.after or batch.lasting):
+            return
         if not self._ready(batch):
             return
         self._forming = Batch(batch.number + 1)
@@ -331,7 +359,7 @@ class Commits:
         if action is None:
             forming.after.append(_nothing)
         else:
-            forming.claims.append(partial(action, row))
+            forming.lasting.append(partial(action, row))
 
     def when_stored(self, action: Callable[[], None]) -> None:
         """Call `action` when all that has been staged is on disk; the commit begins with the next round."""
@@ -345,12 +373,6 @@ class Commits:
             if batch is not None:
                 batch.edits.clear()
                 batch.after.clear()
-
-    def abandon(self) -> None:
-        """The turns whose commit has not begun have not been: their events are given out again. Only when no
-        room is in memory, which could have read what they wrote.
-        """
-        self._forming = Batch(self._forming.number + 1)
 
     def shard_of(self, key: str) -> int:
         """The shard that holds a room's storage."""
@@ -378,7 +400,7 @@ class Commits:
                 if cell.room is not None:
                     cell.room._pending_cleared = False
         self._released(batch)
-        for action in (*batch.after, *batch.claims):
+        for action in (*batch.lasting, *batch.after):
             action()
 
     def _die(self, error: BaseException) -> None:

@@ -65,7 +65,7 @@ class Control:
             if not wait:
                 seconds = trio.current_time() - self._since
                 raise OrderRefused(
-                    f"a {self._under_way} is under way, for {seconds:.1f} s; try again when it has ended"
+                    f"{self._under_way} is under way, for {seconds:.1f} s; try again when it has ended"
                 )
             await self._free.wait()
         self._under_way, self._since, self._free = name, trio.current_time(), trio.Event()

@@ -18,18 +18,18 @@ def explain(pool: Pool, key: str) -> dict[str, Any]:
 
     Returns:
         `awake`, `waiting` (events that have not begun), `reasons` (texts: what keeps the object in memory)
-        and `turn` (hook, seconds, waits, line), None if no turn is under way.
+        and `turn` (hook, seconds, waits, line): the one that has been running longest, None if none is.
     """
     cell = pool.cells.get(key)
     if cell is None:
         return {"awake": False, "waiting": 0, "reasons": [], "turn": None}
-    worker = next((each for each in pool._workers if each.cell is cell), None)
-    turn = None if worker is None else _turn(worker)
+    turns = [_turn(each) for each in pool._workers if each.cell is cell]
+    turns.sort(key=lambda turn: -turn["seconds"])
     return {
         "awake": cell.server is not None,
         "waiting": len(cell.events),
-        "reasons": _reasons(cell, turn),
-        "turn": turn,
+        "reasons": _reasons(cell, turns),
+        "turn": turns[0] if turns else None,
     }
 
 
@@ -38,20 +38,27 @@ def _turn(worker: Worker) -> dict[str, Any]:
         "hook": worker.hook,
         "seconds": round(monotonic() - worker.started, 3),
         "waits": bool(worker.waiting[0]),
-        "line": _line(worker.running, worker),
+        "line": _line(worker.running),
     }
 
 
-def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
+def _reasons(cell: Cell, turns: list[dict[str, Any]]) -> list[str]:
     reasons = []
-    if turn is not None:
+    for turn in turns:
         where = f" at {turn['line']}" if turn["line"] else ""
         reasons.append(f"{turn['hook']} has been running for {turn['seconds']:.1f} s{where}")
-    elif cell.events and not cell.retry_at:
+    if not turns and cell.events and not cell.retry_at:
         reasons.append(f"{len(cell.events)} events wait for their turn")
-    if cell.streams:
-        reasons.append(f"{cell.streams} answers are being streamed")
-    if cell.server is not None and turn is None and not cell.streams:
+    for work in cell.background:
+        line = _line(work.running)
+        where = f" at {line}" if line else ""
+        reasons.append(
+            f"background work {work.name} has been running for {monotonic() - work.started_at:.1f} s{where}"
+        )
+    answers = cell.streams - len(cell.background)
+    if answers:
+        reasons.append(f"{answers} answers are being streamed")
+    if cell.server is not None and not turns and not cell.streams:
         idle_seconds = monotonic() - cell.used_at
         if cell.kind.hibernate:
             reasons.append(
@@ -64,14 +71,13 @@ def _reasons(cell: Cell, turn: dict[str, Any] | None) -> list[str]:
             )
         else:
             reasons.append("hibernate is False: it stays while it has a connection")
-    if cell.failures and cell.server is None and turn is None:
+    if cell.failures and cell.server is None and not turns:
         reasons.append(f"it has failed to start {cell.failures} times")
     return reasons
 
 
-def _line(running: Any, worker: Worker) -> str:
-    """The line of the app's own code at which a hook waits: "path:line", or ""."""
-    assert worker.cell is not None
+def _line(running: Any) -> str:
+    """The line of the app's own code at which a coroutine waits: "path:line", or ""."""
     found = ""
     hook_file = _file_of(running)
     for frame in _frames(running):

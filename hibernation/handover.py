@@ -15,6 +15,7 @@ or not. Peers: `hibernation.gateways`, which calls it; `broker.gateway.admin`, w
 """
 
 from collections.abc import Awaitable, Callable
+from time import monotonic
 
 import trio
 
@@ -68,16 +69,16 @@ class Handover:
         self._asked = False
 
     async def run(self) -> float:
-        """Replace the old gateway; gives the seconds from the order to freeze until the successor was ready.
+        """Replace the old gateway; gives the seconds for which no socket was read.
 
         Raises HandoverError; then, and when cancelled, the successor has exited, and the old one serves, or
         has exited.
         """
-        began = trio.current_time()
+        paused_at = monotonic()
         failure: HandoverError | None = None
         done = False
         try:
-            await self._freeze()
+            paused_at = await self._freeze()
             await self._succeed()
             done = True
         except HandoverError as error:
@@ -93,15 +94,16 @@ class Handover:
             if self._old.exited.is_set():
                 outcome = "the old one has ended too, another is started"
             raise HandoverError(f"{failure.text}; {outcome}") from failure
-        return trio.current_time() - began
+        return monotonic() - paused_at
 
     @property
     def _rollback_seconds(self) -> float:
         """The sum of what its steps may take, and a little: a bound that is never met."""
         return 2 * self._timing.resume_seconds + 2 * KILL_SECONDS
 
-    async def _freeze(self) -> None:
-        old = self._old
+    async def _freeze(self) -> float:
+        """Returns when the old gateway stopped reading."""
+        old, timing = self._old, self._timing
         failure: LineError | None = None
         try:
             self._line = await self._connect()
@@ -111,14 +113,17 @@ class Handover:
                 )
             self._asked = True
             log.info("gateway freezes", pid=old.pid)
-            await self._line.ask("freeze", self._timing.freeze_seconds)
+            patience = timing.patience_seconds
+            answer = await self._line.ask(
+                "freeze", patience + timing.freeze_seconds, patience_seconds=patience
+            )
+            return float(answer.get("paused_at", monotonic()))
         except LineError as error:
             failure = error
-        if failure is None:
-            return
         if not (failure.broken and await self._is_gone()):
             raise HandoverError(str(failure)) from failure
         log.warning("the gateway died while it was being replaced", pid=old.pid, reason=old.outcome)
+        return monotonic()
 
     async def _succeed(self) -> None:
         successor, seconds = self._successor, self._timing.handover_seconds

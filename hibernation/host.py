@@ -14,7 +14,8 @@ batch to the writer thread.
 The numbering of the link, and what of it is not acknowledged, live as long as this process. When the gateway
 goes, turns that run are cancelled, and events that wait are forgotten: the next one gives them out again. But
 a turn that has ended has ended: its result is kept, goes to disk if it has to, and is said to the next
-gateway before that gives out anything.
+gateway before that gives out anything. What has to wait for the acknowledgement of others (H8) is said when
+these are; only then are we *synced*. Background work goes on all the while, and its rooms stay.
 
 Invariants:
     H7  until a gateway has acknowledged it, the result of a turn that has ended is in what leaves next, in a
@@ -38,18 +39,20 @@ from outcome import Value
 
 from hibernation import wire
 from hibernation.alarms import Alarms
+from hibernation.background import CLEAN_UP_SECONDS, Background
 from hibernation.blame import Blame
 from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
 from hibernation.crons import Crons, main_party
+from hibernation.errors import RoomGone
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Edit, Turn
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.shards import Shard
@@ -57,6 +60,8 @@ from storage.writer import Writer
 
 #: Read from the link at once.
 READ_BYTES: Final = 256 * 1024
+#: With so much on its way to the gateway that this has not acknowledged, a flush waits.
+FLUSH_BYTES_MAX: Final = 1024 * 1024
 #: Results beyond this that the gateway has not read stop the host from running turns.
 OUTGOING_BYTES_MAX: Final = 8 * 1024 * 1024
 #: The same of what turns have staged that is not on disk.
@@ -74,8 +79,14 @@ _RESULTS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED, wire.EFFECT
 _OF_CONNECTIONS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED})
 #: Pause between attempts to reach a gateway that is not there.
 RECONNECT_SECONDS: Final = 0.02
+#: While background work is awaited it is looked so often whether there is a gateway for it; when there is
+#: none for so many looks the whole instance stops.
+RETIRE_LOOK_SECONDS: Final = 0.25
+ALONE_LOOKS_MAX: Final = 8
 #: Between two signs of life for the supervisor.
 BEAT_SECONDS: Final = 1.0
+#: What turns under way have at least when background work has taken all of `drain`.
+LAST_TURNS_SECONDS: Final = 3.0
 #: What the release of cancelled turns may take when the host ends.
 LAST_WORDS_SECONDS: Final = 5.0
 #: A round makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
@@ -125,7 +136,13 @@ class Host:
         self._sent_rows: deque[tuple[int, int, int]] = deque()
         #: Values that the gateway has been sent and has not acknowledged, with the number of their message.
         self._sent_edits: deque[tuple[int, Cell, Connection]] = deque()
-        self._questions: dict[int, trio.lowlevel.Task] = {}
+        #: The gateway has been told all that ended before; and the batch that has to be on disk for that.
+        self._synced = False
+        self._unsaid = 0
+        #: Waits for an answer, to which question.
+        self._questions: dict[int, tuple[trio.lowlevel.Task, list[Any]]] = {}
+        #: Set when the link may have room, for flushes that wait for it.
+        self._room_wanted: trio.Event | None = None
         self._question = 0
         self.turn_count = 0
         inline = settings.durability == "os"
@@ -148,6 +165,7 @@ class Host:
         )
         self._turns = Turns(self._finish, self._pool.suspended, dev=config.dev)
         self._pool.turns = self._turns
+        self._background = Background(self._pool, self._finish, self._flush, self._turns.log_failure)
         self._exchanges = Exchanges(
             settings,
             env,
@@ -199,7 +217,7 @@ class Host:
         ended_well = False
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = nursery
+                self._nursery = self._background.nursery = nursery
                 nursery.start_soon(self._serve_gateways)
                 nursery.start_soon(self._beat)
                 nursery.start_soon(self._tidy)
@@ -298,9 +316,20 @@ class Host:
             self._write(data)
         if self._pool.retiring:
             self._out_put([wire.RETIRE])
+        self._unsaid = self._commits.newest
+        self._flush()
+
+    def _sync(self) -> None:
+        """Say that this was all, as soon as what ended before this link is on disk and said."""
+        if not self._commits.has_ended(self._unsaid):
+            return
+        self._synced = True
         self._out_put([wire.SYNCED, self._token])
         self._blame.greet()  # behind that, where the gateway forgets what a former host has said
+        for _, question in self._questions.values():
+            self._out_put(question)
         self._send()
+        self._look_for_room()
 
     def _disconnected(self) -> None:
         """The gateway has gone: the next one delivers again what was not acknowledged."""
@@ -309,12 +338,14 @@ class Host:
             return
         self._epoll.unregister(link.fileno())
         link.close()
+        self._synced = False
         self._forget()
         self._pool.forget()
 
     def _forget(self) -> None:
         """Of what was meant for a former gateway only the results of turns are said to the next, whose
-        numbers mean other things; and it knows all values that they leave with it.
+        numbers mean other things; and it knows all values that they leave with it. Questions that somebody
+        still waits for, it is asked again.
         """
         self._alarms.close()
         self._crons.close()
@@ -322,7 +353,6 @@ class Host:
         self._out = [item for item in self._out if item[0] in _RESULTS]
         self._out_edits.clear()
         self._sent_edits.clear()
-        self._questions.clear()
         self._commits.forget()
         self._exchanges.forget()
 
@@ -335,28 +365,47 @@ class Host:
             await trio.lowlevel.wait_readable(self._writer.fd)
             self._commits.completed()
             self._commits.end_round()
-        if not self._commits.idle:
-            # They wait for what only the next gateway can acknowledge. But their rooms are gone, and begin
-            # again from what is on disk.
-            self._commits.abandon()
 
     async def _retire(self) -> None:
-        """Start no more turns, let those under way end within `drain`, and let their effects leave. What has
-        not ended by then is cancelled with the process, and delivered again to the next one (S32).
+        """Let background work end within `drain`, while rooms go on. Then start no more turns, let those
+        under way end in what is left of it, and let their effects leave. What has not ended by then is
+        cancelled with the process; turns are delivered again to the next one (S32).
         """
+        drain = self.config.settings.drain
+        began = trio.current_time()
+        with trio.move_on_after(drain):
+            alone = 0
+            while self._background.busy and alone < ALONE_LOOKS_MAX:
+                with trio.move_on_after(RETIRE_LOOK_SECONDS):
+                    await self._background.all_ended()
+                alone = alone + 1 if self._socket is None else 0
+        await self._end_background()
         self._out_put([wire.RETIRE])
         self._pool.retire()
         self._flush()
-        with trio.move_on_after(self.config.settings.drain):
+        left = began + drain - trio.current_time()
+        with trio.move_on_after(max(left, min(drain, LAST_TURNS_SECONDS))):
             while (  # noqa: ASYNC110
-                self._pool.busy or self._exchanges.busy or self._crons.busy or not self._commits.idle
+                self._pool.busy
+                or self._exchanges.busy
+                or self._background.busy
+                or self._crons.busy
+                or not self._commits.idle
             ):
                 await trio.sleep(RECONNECT_SECONDS)
+        await self._end_background()
         with trio.move_on_after(LAST_WORDS_SECONDS):
             while not self._commits.idle or self._has_words_left():  # noqa: ASYNC110
                 self._flush()
                 await trio.sleep(RECONNECT_SECONDS)
         await self._finish_commits()
+
+    async def _end_background(self) -> None:
+        """Cancel the background work that there is, and let it clean up."""
+        if self._background.busy:
+            self._background.cancel()
+            with trio.move_on_after(CLEAN_UP_SECONDS):
+                await self._background.all_ended()
 
     def _has_words_left(self) -> bool:
         """Whether something waits to be sent or acknowledged, and there is a gateway for it."""
@@ -403,22 +452,34 @@ class Host:
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)
 
-    def _finish(self, cell: Cell, room: Room, result: list[Any]) -> None:
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
         """A turn has ended well: stage its writes, and let its result leave, or wait for the commit."""
         self.turn_count += 1
-        room._effects = None
-        storage = room._storage
-        if storage is not None and (storage._writes or storage._cleared or storage._alarms):
-            self._commits.stage(cell, room)
-        undo = room._undo
+        turn.room = None
+        if turn.stored:
+            self._commits.stage(cell, turn)
+        if turn.evict or turn.tasks:
+            self._carry_on(cell, turn)
+        edits = turn.edits
         if not cell.gate:
             self._out.append(result)
             if result[0] != wire.EFFECTS:
                 self._said[result[2]] = self._link.sent + 1
-            if undo:
-                self._out_edits.extend(self._edits(cell, room))
+            if edits:
+                self._out_edits.extend(self._edits(cell, edits))
         else:
-            self._commits.hold(cell, result, self._edits(cell, room) if undo else [], room._bytes)
+            self._commits.hold(cell, result, self._edits(cell, edits) if edits else [], turn.bytes)
+
+    def _carry_on(self, cell: Cell, turn: Turn) -> None:
+        """What a turn has asked of its room: to go, or to work on."""
+        room = cell.room
+        assert room is not None
+        room._evict = room._evict or turn.evict
+        if turn.tasks:
+            # On disk with its turn, so that no other host runs that again, and begins it a second time.
+            self._commits.must_store(cell)
+            begin = self._background.planned(cell, room, turn.tasks)
+            self._commits.after(cell, begin, lasting=True)
 
     def _ready(self, batch: Batch) -> bool:
         """Whether the gateway has what the connections of a batch did before without writing (H8)."""
@@ -432,20 +493,18 @@ class Host:
         for results in batch.results.values():
             for result in results:
                 if result[0] in _OF_CONNECTIONS and said.get(result[2], 0) > known:
-                    if self._asked < self._link.sent and self._socket is not None:
-                        self._asked = self._link.sent
-                        self._write(self._link.acknowledgement_request())
+                    self._ask_acknowledgement()
                     return False
         return True
 
-    def _edits(self, cell: Cell, room: Room) -> list[tuple[Cell, Connection]]:
+    def _edits(self, cell: Cell, edits: dict[Connection, Edit]) -> list[tuple[Cell, Connection]]:
         """The connections that a turn has changed: their values here are the newest until the gateway says
         so.
         """
-        edits = [(cell, connection) for connection in room._undo]
-        room._undo.clear()
+        for connection, edit in edits.items():
+            connection._apply(edit)
         cell.edited += len(edits)
-        return edits
+        return [(cell, connection) for connection in edits]
 
     def _released(self, batch: Batch) -> None:
         """A batch is on disk: its results leave."""
@@ -469,6 +528,8 @@ class Host:
         self._send()
         self._commits.end_round()
         self._send()
+        if not self._synced and self._socket is not None:
+            self._sync()
 
     def _send(self) -> None:
         """Send what may leave, as one message."""
@@ -520,6 +581,7 @@ class Host:
             outgoing.clear()
         else:
             self._epoll.modify(link.fileno(), EPOLLIN)
+            self._look_for_room()
 
     async def _wait(self) -> None:
         """Return when there is something to take."""
@@ -554,6 +616,8 @@ class Host:
             self._arrived(item)
         if self._sent_edits or self._sent_rows:
             self._acknowledged()
+        if self._room_wanted is not None:
+            self._look_for_room()
 
     def _read(self) -> bool:
         """Read from the link. False: the gateway has gone."""
@@ -601,9 +665,9 @@ class Host:
         elif kind == wire.REQUEST:
             self._exchanges.requested(item)
         elif kind == wire.REPLY:
-            task = self._questions.pop(item[1], None)
-            if task is not None:
-                trio.lowlevel.reschedule(task, Value(item[2]))
+            asked = self._questions.pop(item[1], None)
+            if asked is not None:
+                trio.lowlevel.reschedule(asked[0], Value(item[2]))
         elif kind == wire.BEFORE:
             self._exchanges.asked_before(item)
         elif kind == wire.FETCH:
@@ -664,8 +728,10 @@ class Host:
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
         self._question = number = self._question + 1
-        self._questions[number] = trio.lowlevel.current_task()
-        self._out.append([wire.QUERY, number, key, what, argument])
+        item = [wire.QUERY, number, key, what, argument]
+        self._questions[number] = trio.lowlevel.current_task(), item
+        if self._synced:  # else it is asked then
+            self._out.append(item)
 
         def abort(_: Any) -> trio.lowlevel.Abort:
             self._questions.pop(number, None)
@@ -673,6 +739,45 @@ class Host:
 
         self._flush()
         return await trio.lowlevel.wait_task_rescheduled(abort)
+
+    async def flush(self, turn: Turn) -> None:
+        """Let leave what the turn has staged so far; return when that is on disk, and the link has room."""
+        room = turn.room
+        assert room is not None
+        cell = self._pool.cells.get(room.key)
+        if cell is None or cell.room is not room:
+            raise RoomGone(room.key)  # the gateway has gone, and this turn is cancelled
+        part = turn.split()
+        if part.used:
+            self._finish(cell, part, [wire.EFFECTS, part.effects])
+        stored = trio.Event()
+        self._commits.after(cell, stored.set, lasting=True)
+        self._flush()
+        await stored.wait()
+        while not self._has_room():
+            if self._room_wanted is None:
+                self._room_wanted = trio.Event()
+            await self._room_wanted.wait()
+
+    def _has_room(self) -> bool:
+        """Whether a flush may go on; else the gateway is asked what it has taken."""
+        if self._socket is None or not self._synced or self._outgoing:
+            return False
+        if self._link.kept_bytes <= FLUSH_BYTES_MAX:
+            return True
+        self._ask_acknowledgement()
+        return False
+
+    def _ask_acknowledgement(self) -> None:
+        if self._asked < self._link.sent and self._socket is not None:
+            self._asked = self._link.sent
+            self._write(self._link.acknowledgement_request())
+
+    def _look_for_room(self) -> None:
+        wanted = self._room_wanted
+        if wanted is not None and self._has_room():
+            self._room_wanted = None
+            wanted.set()
 
     async def _is_deserted(self, key: str) -> bool:
         return not await self.ask_gateway(key, "count", [[], [], []])

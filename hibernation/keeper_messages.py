@@ -56,8 +56,8 @@ CONTROL_BYTES = socket.CMSG_SPACE(4 * 253)
 
 MESSAGE_BYTES_MAX = 4096
 
-SLOTS_MAX = 1 << 20
-"""Slots are below this: as many descriptors as a process can have by default (fs.nr_open)."""
+SLOTS_MAX = 1 << 23
+"""Slots are below this: eight times as many descriptors as a process can have by default (fs.nr_open)."""
 
 NAMES_MAX = 32
 NAME_BYTES_MAX = 64

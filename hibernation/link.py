@@ -57,13 +57,15 @@ class Link:
         acknowledged: Number of the newest of our messages that the peer has taken.
     """
 
-    __slots__ = ("_kept", "_owed", "acknowledged", "received", "sent")
+    __slots__ = ("_kept", "_owed", "acknowledged", "kept_bytes", "received", "sent")
 
     def __init__(self, received: int = 0) -> None:
         self.sent = 0
         self.received = received
         self.acknowledged = 0
         self._kept: deque[tuple[int, bytes]] = deque()
+        #: Of what is not acknowledged.
+        self.kept_bytes = 0
         self._owed = 0
 
     def pack(self, items: list[Any], acknowledge: int | None = None) -> bytes:
@@ -84,6 +86,7 @@ class Link:
             acknowledge = self.received
         self._owed = self.received - acknowledge
         self._kept.append((sequence, body))
+        self.kept_bytes += len(body)
         return _message(sequence, acknowledge, body)
 
     def take(self, message: Message) -> list[Any]:
@@ -111,7 +114,7 @@ class Link:
         self.acknowledged = acknowledged
         kept = self._kept
         while kept and kept[0][0] <= acknowledged:
-            kept.popleft()
+            self.kept_bytes -= len(kept.popleft()[1])
 
     def resume(self, executed: int) -> None:
         """Go on with another peer, which begins at number 1 and needs nothing up to `executed` of ours.

@@ -10,15 +10,19 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast, get_args
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from hibernation.auto_responses import AutoResponse, read_rules, to_plain
 from hibernation.cron import CronError, Schedule
-from hibernation.errors import AppError, HookError, SettingError
+from hibernation.errors import AppError, HookError, LimitExceeded, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
 from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
 
 __all__ = ["HOOKS", "MAIN", "HookSpec", "Party", "check_class", "kebab", "make_parties"]
+
+Concurrency = Literal["serial", "per_connection", "interleave"]
+"""How turns of one room may overlap (S19)."""
 
 MAIN: Final = "main"
 """The party of `/party/ID`: the only one, or the one called Main."""
@@ -31,6 +35,7 @@ _CLASS_NAMES: Final = (
     "concurrency",
     "subprotocols",
     "cors",
+    "auto_responses",
     "crons",
     "cron_timezone",
 )
@@ -53,8 +58,9 @@ class Party:
 
     `aliases` is ("main",) where `/party/ID` leads here under another name. `hooks` are the names of the hooks
     that it defines, `specs` how each is called; `has_on_start` and `on_message_parameters` repeat what every
-    wake and every message asks of them. `cors` are the headers for its answers, or None. `crons` are its
-    schedules, by name. `overrides` are the settings that stand on the class.
+    wake and every message asks of them. `auto_responses` are answered without its rooms. `cors` are the
+    headers for its answers, or None. `crons` are its schedules, by name. `overrides` are the settings that
+    stand on the class.
     """
 
     name: str
@@ -65,8 +71,9 @@ class Party:
     has_on_start: bool = False
     on_message_parameters: int = 0
     hibernate: bool = True
-    concurrency: Literal["serial"] = "serial"
+    concurrency: Concurrency = "serial"
     subprotocols: tuple[str, ...] = ()
+    auto_responses: tuple[AutoResponse, ...] = ()
     cors: tuple[tuple[str, str], ...] | None = None
     crons: Mapping[str, Schedule] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +100,7 @@ class Party:
             hibernate=_hibernate(server),
             concurrency=_concurrency(server),
             subprotocols=_subprotocols(server),
+            auto_responses=_auto_responses(server),
             cors=_cors(server),
             crons=_crons(server),
             overrides=_overrides(server),
@@ -107,6 +115,13 @@ class Party:
         values |= self.overrides
         if values["idle_seconds"] is None:
             values["idle_seconds"] = 0.0 if self.hibernate else 10.0  # S6
+        count, most = len(self.auto_responses), values["auto_responses_max"]
+        if count > most:
+            raise SettingError(
+                f"{self.cls.__name__}.auto_responses{where(self.cls)}",
+                f"{count} rules, and at most {most} are allowed; leave some to on_message, or raise"
+                " auto_responses_max",
+            )
         try:
             return RoomSettings(hibernate=self.hibernate, **values)
         except SettingError as error:
@@ -130,7 +145,9 @@ class Party:
             "aliases": list(self.aliases),
             "hooks": sorted(self.hooks),
             "hibernate": self.hibernate,
+            "concurrency": self.concurrency,
             "subprotocols": list(self.subprotocols),
+            "auto_responses": to_plain(self.auto_responses),
             "cors": None if self.cors is None else [list(header) for header in self.cors],
             "settings": {
                 name: list(value) if isinstance(value, tuple) else value
@@ -195,6 +212,7 @@ def check_class(server: type[Any]) -> dict[str, HookSpec]:
     _hibernate(server)
     _concurrency(server)
     _subprotocols(server)
+    _auto_responses(server)
     _cors(server)
     _crons(server)
     _overrides(server)
@@ -233,12 +251,13 @@ def _hibernate(server: type[Any]) -> bool:
     raise SettingError(_source(owner, "hibernate", value), "give True or False", given=value)
 
 
-def _concurrency(server: type[Any]) -> Literal["serial"]:
+def _concurrency(server: type[Any]) -> Concurrency:
     owner, value = find(server, "concurrency")
-    if value == "serial":
-        return "serial"
+    for allowed in get_args(Concurrency):
+        if value == allowed:
+            return cast(Concurrency, allowed)
     raise SettingError(
-        _source(owner, "concurrency", value), 'give "serial", the only one available', given=value
+        _source(owner, "concurrency", value), 'give "serial", "per_connection" or "interleave"', given=value
     )
 
 
@@ -251,6 +270,16 @@ def _subprotocols(server: type[Any]) -> tuple[str, ...]:
         'give a tuple or list of names without spaces and commas, such as ("chat.v2", "chat.v1")',
         given=value,
     )
+
+
+def _auto_responses(server: type[Any]) -> tuple[AutoResponse, ...]:
+    owner, value = find(server, "auto_responses")
+    if owner is object:
+        return ()
+    try:
+        return read_rules(value)
+    except (TypeError, ValueError, LimitExceeded) as error:
+        raise SettingError(f"{owner.__name__}.auto_responses{where(owner)}", str(error)) from None
 
 
 def _cors(server: type[Any]) -> tuple[tuple[str, str], ...] | None:

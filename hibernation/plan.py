@@ -57,10 +57,12 @@ class Timing:
     that; a later one as long as it takes, since sockets wait at it."""
     drain_seconds: float = 40.0
     """For a gateway to close its sockets and see their close turns through, before it is killed."""
-    finish_seconds: float = 35.0
-    """For a host to finish its running turns, before it is killed."""
+    finish_seconds: float = 40.0
+    """For a host to finish its background work and running turns, before it is killed."""
     keeper_seconds: float = 5.0
     """For a keeper to answer, and to exit when it is told to."""
+    patience_seconds: float = 30.0
+    """For the HTTP requests that a gateway has begun with to be answered, before it is replaced."""
     freeze_seconds: float = 10.0
     """For a gateway that is to be replaced to stop reading, commit, and let go of the registry."""
     handover_seconds: float = 10.0
@@ -83,6 +85,7 @@ class Timing:
         """Give the deadlines that leave the children the `drain` they are promised, and a little."""
         return cls(
             drain_seconds=settings.drain + 10,
-            finish_seconds=settings.drain + 5,
+            finish_seconds=settings.drain + 10,
+            patience_seconds=settings.drain,
             hang_seconds=settings.hang_timeout,
         )

@@ -7,7 +7,8 @@ Whichever worker finds nothing ready waits for the link; all others park. A turn
 no task switch: the worker runs room after room. When a turn does wait, `suspended` brings in another worker.
 
 Invariants:
-    H1  at most one turn of a room runs at a time, and events of a room start in the order of their arrival
+    H1  at most one turn of a serial room runs at a time, and its events start in the order of their arrival;
+        what may overlap in others, and in which order, is said in `hibernation.overlap`
     H4  a cell is in `cells` while it has events, a running turn, an object in memory, uncommitted writes, or
         connection values that the gateway has not acknowledged; and in `_ready` at most once
     H5  either some worker waits for the link, or one is running, or one has been woken
@@ -29,8 +30,9 @@ from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
 from hibernation.memory import Trimmer
+from hibernation.overlap import Overlap
 from hibernation.probation import HEAD_START_SECONDS, Errand, Probation
-from hibernation.room import Backstage, Room
+from hibernation.room import Backstage, Room, Turn
 from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
@@ -69,7 +71,7 @@ class Turns(Protocol):
     ) -> None:
         """End an event that has had its tries, without its hook."""
 
-    def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
+    def finish_start(self, cell: Cell, turn: Turn) -> None:
         """The effects of `on_start` may leave when its writes are on disk."""
 
     def log_failure(self, text: str, cell: Cell, error: BaseException, **more: Any) -> None:
@@ -141,11 +143,13 @@ class Pool:
         self.evictions = 0
         #: The room whose turn was begun last, for the watchdog.
         self.active = ""
+        #: The same, if its turns may overlap and that one has not waited yet.
+        self._overlapping: Cell | None = None
 
     # --- Tasks ------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Give ready rooms their turns, until cancelled."""
+        """Give ready rooms their turns, until cancelled, or told to `forget` them."""
         async with trio.open_nursery() as self._nursery:
             self._nursery.start_soon(self._clock)
             self._nursery.start_soon(self._work)
@@ -232,6 +236,9 @@ class Pool:
 
     def suspended(self) -> None:
         """A turn begins to wait: another worker goes on, and what has been produced leaves now (H5)."""
+        cell, self._overlapping = self._overlapping, None
+        if cell is not None:
+            self._schedule(cell)
         if self._ready or not self._waiting:
             self.activate()
         else:
@@ -251,14 +258,17 @@ class Pool:
             cell.scheduled = False
 
     def forget(self) -> None:
-        """The gateway has gone, and will deliver again what was not acknowledged: start from nothing."""
+        """The gateway has gone, and the next one will deliver again what was not acknowledged: cancel the
+        turns under way, and start from nothing but the background work that goes on.
+        """
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
         self._nursery = None
-        for worker in self._workers:  # whatever becomes of its turn, no other begins behind it
-            if worker.cell is not None:
-                worker.cell.events.clear()
-        self._clear()
+        for cell in self.cells.values():  # whatever becomes of its turn, no other begins behind it
+            cell.events.clear()
+        self._ready.clear()
+        self._parked.clear()
+        self._waiting = False
 
     def go_on(self) -> None:
         """The disk takes writes again."""
@@ -271,15 +281,40 @@ class Pool:
             self.activate()
 
     def _clear(self) -> None:
-        self.cells.clear()
+        cells, self.cells = self.cells, {}
+        for cell in cells.values():
+            self._keep(cell)
         self._ready.clear()
         self._parked.clear()
         self._held.clear()
-        self._idle.clear()
+        self._idle = {cell: None for cell in self._idle if cell.background}
         self._retries.clear()
         self._waiting = False
-        self.awake = 0
+        self.awake = sum(cell.server is not None for cell in self.cells.values())
         self._postponed.clear()
+
+    def _keep(self, cell: Cell) -> None:
+        """Of what was there with a former gateway stay the rooms with background work, and what is not on
+        disk. The next one knows all that is known here of connections.
+        """
+        if not cell.background:
+            if not cell.gate:
+                return
+            cell.server = cell.room = cell.met = None
+            cell.streams = 0
+        cell.events.clear()
+        cell.scheduled = cell.running = cell.held = False
+        cell.overlap = None
+        if cell.retry_at != inf:
+            cell.retry_at = 0.0
+        cell.edited = 0
+        for connection in cell.connections.values():
+            connection._edits = 0
+        if cell.background:
+            self._let_go(cell)
+        else:
+            cell.connections.clear()
+        self.cells[cell.key] = cell
 
     # --- Probation --------------------------------------------------------------------------------
 
@@ -371,7 +406,9 @@ class Pool:
             self.probation.arrived(cell, event)
 
     def _schedule(self, cell: Cell) -> None:
-        if not cell.running and not cell.scheduled and not cell.retry_at and not self.retiring:
+        if cell.running and (cell.overlap is None or not cell.overlap.may_take(cell.events)):
+            return
+        if not cell.scheduled and not cell.retry_at and not self.retiring:
             cell.scheduled = True
             self._ready.append(cell)
 
@@ -385,6 +422,9 @@ class Pool:
             return
         cell.scheduled = False
         if self.retiring:
+            return
+        if cell.kind.overlaps:
+            await self._burst_overlapping(cell, worker)
             return
         cell.running = True
         worker.cell = cell
@@ -418,6 +458,64 @@ class Pool:
         self._rest(cell, worker)
         if self.probation is not None:
             self._rested(self.probation, cell)
+
+    async def _burst_overlapping(self, cell: Cell, worker: Worker) -> None:
+        """One worker's part of a burst whose turns may overlap: begin what may begin, one after the other.
+        Where a turn waits, another worker comes in.
+        """
+        overlap = cell.overlap
+        if overlap is None:
+            overlap = cell.overlap = Overlap(cell.kind.interleaves)
+        overlap.workers += 1
+        cell.running = True
+        worker.cell = cell
+        if overlap.may_take(cell.events) and (cell.started or await self._wake(cell, worker, overlap)):
+            budget = self._settings.turns_per_room_burst
+            room = cell.room
+            assert room is not None
+            if cell.met:
+                cell.connections.update(cell.met)
+            self.active = cell.key
+            while budget:
+                budget -= 1
+                probation = self.probation
+                if probation is not None and not self._may_overlap(probation, cell, overlap):
+                    break
+                event = overlap.take(cell.events)
+                if event is None:
+                    break
+                worker.event = event
+                worker.started = monotonic()
+                self._overlapping = cell
+                if probation is None:
+                    await self.turns.run(cell, worker, event)
+                else:
+                    await self._run_judged(probation, cell, worker, event)
+                self._overlapping = None
+                worker.running = None
+                if worker.cancelled or (cell.gate and self.paused):
+                    break
+                if room._evict and overlap.workers == 1:
+                    break
+        self._rest(cell, worker)
+        if self.probation is not None:
+            self._rested(self.probation, cell)
+
+    async def _wake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
+        """Construct and start a room; nothing of it runs beside that. False: it is tried again later."""
+        overlap.starting = True
+        try:
+            if cell.server is None and not self._construct(cell, worker):
+                return False
+            return cell.started or await self._start(cell, worker)
+        finally:
+            overlap.starting = False
+
+    def _may_overlap(self, probation: Probation, cell: Cell, overlap: Overlap) -> bool:
+        """Whether a turn may begin during probation: who runs alone is alone in its room, too (B4)."""
+        if probation.alone is cell and overlap.workers > 1:
+            return False
+        return probation.may_begin(cell)
 
     async def _run_judged(self, probation: Probation, cell: Cell, worker: Worker, event: Event) -> None:
         """Run an event's turn, or end it without if it has had its tries."""
@@ -488,7 +586,7 @@ class Pool:
         assert room is not None
         worker.hook = "on_start"
         worker.started = monotonic()
-        effects = room._begin()
+        turn = room._begin()
         seconds = cell.kind.settings.start_timeout
         try:
             with trio.move_on_after(seconds) as deadline:  # noqa: ASYNC912 - it is the user's hook that waits
@@ -508,7 +606,7 @@ class Pool:
         cell.started = True
         cell.failures = 0
         self._started(cell)
-        self.turns.finish_start(cell, room, effects)
+        self.turns.finish_start(cell, turn)
         return True
 
     def _start_failed(self, cell: Cell, error: BaseException) -> None:
@@ -559,9 +657,16 @@ class Pool:
 
     def _rest(self, cell: Cell, worker: Worker) -> None:
         """The room's burst is over, or its share of it: schedule it again, keep it, or evict it (S6)."""
-        cell.running = False
         worker.cell = worker.running = None
         worker.note[0] = 0
+        overlap = cell.overlap
+        if overlap is not None:
+            overlap.workers -= 1
+            if overlap.workers or cell.scheduled:  # whoever comes last
+                cell.running = overlap.workers > 0
+                self._schedule(cell)
+                return
+        cell.running = False
         if cell.retry_at:
             return
         room = cell.room

@@ -18,7 +18,7 @@ from storage.alarms import AlarmRow, alarm_name_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
-    from hibernation.room import Room
+    from hibernation.room import Room, Turn
 
 __all__ = ["DEFAULT_NAME", "Alarm", "AlarmMethods", "AlarmSource", "when_ms"]
 
@@ -93,9 +93,6 @@ class AlarmMethods:
     __slots__ = ()
 
     _room: "Room"
-    _cleared: bool
-    #: This turn's changes: None means deleted.
-    _alarms: dict[str, AlarmRow | None]
 
     def set_alarm(
         self, when: datetime | timedelta | float, name: str = DEFAULT_NAME, payload: Any = None
@@ -116,7 +113,7 @@ class AlarmMethods:
                 Whatever is raised, nothing has changed.
         """
         room = self._room
-        room._staging()
+        turn = room._staging()
         room._host.check_alarms(room.key)
         size = alarm_name_bytes(name)
         due_ms = when_ms(when)
@@ -125,18 +122,18 @@ class AlarmMethods:
         if payload is not None:
             blob = encode(payload, bytes_max=settings.alarm_payload_bytes_max, what="alarm payload")
             size += len(blob)
-        self._require_place(name)
-        room._count(size)
-        self._alarms[name] = AlarmRow(name, getrandbits(63), due_ms, due_ms, blob)
+        self._require_place(turn, name)
+        room._count(turn, size)
+        turn.set_alarm(name, AlarmRow(name, getrandbits(63), due_ms, due_ms, blob))
         return Done()
 
     def delete_alarm(self, name: str = DEFAULT_NAME) -> Done:
         """Delete an alarm, also one that has failed. Awaited, it tells whether there was one."""
         room = self._room
-        room._staging()
-        room._count(alarm_name_bytes(name))
+        turn = room._staging()
+        room._count(turn, alarm_name_bytes(name))
         existed = self._look_alarm(name) is not None
-        self._alarms[name] = None
+        turn.set_alarm(name, None)
         return Done(existed)
 
     async def get_alarm(self, name: str = DEFAULT_NAME) -> Alarm | None:
@@ -153,31 +150,32 @@ class AlarmMethods:
         return [Alarm(row) for row in sorted(rows, key=lambda row: (row.failed, row.due_ms, row.name))]
 
     def _look_alarm(self, name: str) -> AlarmRow | None:
-        if self._room._in_turn():
-            if name in self._alarms:
-                return self._alarms[name]
-            if self._cleared:
+        turn = self._room._own_turn()
+        if turn is not None:
+            if turn.alarms is not None and name in turn.alarms:
+                return turn.alarms[name]
+            if turn.cleared:
                 return None
         return self._room._host.read_alarm(self._room.key, name)
 
     def _all_alarms(self) -> dict[str, AlarmRow]:
-        own = self._room._in_turn()
+        turn = self._room._own_turn()
         rows: dict[str, AlarmRow] = {}
-        if not (own and self._cleared):
+        if turn is None or not turn.cleared:
             rows.update(self._room._host.read_alarms(self._room.key))
-        if own:
-            for name, row in self._alarms.items():
+        if turn is not None:
+            for name, row in (turn.alarms or {}).items():
                 if row is None:
                     rows.pop(name, None)
                 else:
                     rows[name] = row
         return rows
 
-    def _require_place(self, name: str) -> None:
+    def _require_place(self, turn: "Turn", name: str) -> None:
         """LimitExceeded if one more alarm of this name is one too many."""
         limit = self._room._settings.alarms_max
-        stored = 0 if self._cleared else self._room._host.count_alarms(self._room.key)
-        if stored + len(self._alarms) < limit:
+        stored = 0 if turn.cleared else self._room._host.count_alarms(self._room.key)
+        if stored + len(turn.alarms or ()) < limit:
             return  # certainly: some of these may be the same, or deleted
         names = self._all_alarms().keys() | {name}
         if len(names) > limit:

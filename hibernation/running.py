@@ -32,6 +32,7 @@ __all__ = [
     "ALARM",
     "ALARMING",
     "ASKING",
+    "FAILED",
     "OTHER",
     "REPLAY",
     "REPLAYING",
@@ -63,6 +64,8 @@ CLOSING: Final = -2
 #: ALARM: key, name, number of an alarm that is due; in a dead letter also scheduled_ms, attempt and payload.
 REPLAY: Final = 100
 ALARM: Final = 101
+#: Another: key, what background work of the room has raised.
+FAILED: Final = 110
 
 MAGIC: Final = 0x62726B_72756E_01
 """Says that this is such a file, and of which version."""

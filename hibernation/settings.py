@@ -333,6 +333,14 @@ class Settings:
     state_bytes_max: int = _bytes(
         16 * KIB, 16, MIB, "Bytes of one connection's state, as CBOR.", scope="room", rules=("S13",)
     )
+    auto_responses_max: int = _count(
+        16,
+        0,
+        1024,
+        "Automatic responses that a party may declare, and that one room may set.",
+        scope="room",
+        rules=("S16",),
+    )
     close_timeout_seconds: float = _seconds(
         5.0,
         0.05,
@@ -386,6 +394,14 @@ class Settings:
         "Bytes that one turn may stage: writes, sends, state, tags.",
         scope="room",
         rules=("S20",),
+    )
+    background_max: int = _count(
+        64,
+        0,
+        100_000,
+        "Pieces of background work of one room that have not ended.",
+        scope="room",
+        rules=("S7",),
     )
     turns_per_room_burst: int = _count(
         64, 1, 100_000, "Turns that a room gets in a row before the next room's.", rules=("S24",)
@@ -511,6 +527,22 @@ class Settings:
         "close",
         ("close", "drop_oldest", "drop_newest"),
         "What happens at a full outbox: the connection is closed (1013), or messages are dropped.",
+        scope="room",
+        rules=("S25",),
+    )
+
+    compression: Literal["off", "deflate"] = _choice(
+        "off",
+        ("off", "deflate"),
+        "Whether permessage-deflate (RFC 7692) is agreed to where a client offers it.",
+        scope="room",
+        rules=("S40",),
+    )
+    compression_bytes_min: int = _bytes(
+        KIB,
+        1,
+        32 * MIB,
+        "Bytes of a message below which it is sent as it is, also where compression is agreed on.",
         scope="room",
         rules=("S25",),
     )

@@ -59,6 +59,7 @@ Effects, within a result:
 | SHUT | slot, number, code, reason |
 | STATE | slot, number, CBOR or None |
 | TAGS | slot, number, tags blob |
+| AUTO | key, request, reply or None, prefix, rules that the room may have: an automatic response |
 | RESPOND | request number, status, headers, body (None: chunks follow) |
 """
 
@@ -66,7 +67,7 @@ from hashlib import blake2b
 from typing import Final
 
 #: Version of this vocabulary; gateway and host must agree.
-VERSION: Final = 2
+VERSION: Final = 3
 
 CONNECT: Final = 1
 MESSAGE: Final = 2
@@ -101,6 +102,7 @@ SHUT: Final = 42
 STATE: Final = 43
 TAGS: Final = 44
 RESPOND: Final = 45
+AUTO: Final = 46
 
 #: Partitions of all rooms, fixed for ever: shards and hosts are dealt out from them.
 PARTITIONS: Final = 1024

@@ -101,6 +101,13 @@ def registry_2_addresses(database: "Database") -> None:
     database.execute("ALTER TABLE connections ADD COLUMN address TEXT NOT NULL DEFAULT ''")
 
 
+def registry_3_auto_responses(database: "Database") -> None:
+    """What rooms have told the gateway to answer by itself, by room ("party/id"): a list of rules as CBOR."""
+    database.execute(
+        "CREATE TABLE auto_responses (room TEXT PRIMARY KEY, rules BLOB NOT NULL) STRICT, WITHOUT ROWID"
+    )
+
+
 def shard_1_entries(database: "Database") -> None:
     """Room storage, clustered by room and key; and the generation, raised each time a host opens the file."""
     database.execute(
@@ -207,5 +214,7 @@ def shard_4_alarms(database: "Database") -> None:
     )
 
 
-REGISTRY = Schema("registry", (registry_1_connections_and_tags, registry_2_addresses))
+REGISTRY = Schema(
+    "registry", (registry_1_connections_and_tags, registry_2_addresses, registry_3_auto_responses)
+)
 SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_4_alarms))

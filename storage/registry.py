@@ -1,9 +1,10 @@
-"""Who is connected: connections, their tags and state, and the closes that are still to be told.
+"""Who is connected: connections, their tags and state, and the closes that are still to be told; and what
+rooms have told the gateway to answer by itself.
 
 Owns one database per gateway. Its peer is the gateway's hub, which stages the changes of a tick in a
 `RegistryBatch`, has it committed by the writer thread before it passes the events on, and answers queries
-from here, in pages, touching no socket and waking no room. Must not know sockets, slots or what a state
-means.
+from here, in pages, touching no socket and waking no room. Must not know sockets, slots, or what a state
+or a rule means.
 
 A connection's row is written when it has been accepted and deleted when its `on_close` has been acknowledged;
 in between, from its close on, it is *closing*: no query lists it, `surviving` does.
@@ -68,6 +69,12 @@ _CLOSING = RowStatement(
     "(?, ?, ?, ?, ?)",
     ") AS changed WHERE number = changed.column1",
 )
+_RULES = RowStatement(
+    "INSERT INTO auto_responses (room, rules) VALUES",
+    "(?, ?)",
+    "ON CONFLICT (room) DO UPDATE SET rules = excluded.rules",
+)
+_NO_RULES = RowStatement("DELETE FROM auto_responses WHERE room IN (", "?", ")")
 _HIGHEST = "UPDATE numbers SET highest = max(highest, ?)"
 
 _COLUMNS = (
@@ -112,7 +119,16 @@ class RegistryBatch:
     until it is handed to `Registry.commit`, and is not filled after.
     """
 
-    __slots__ = ("_blobs", "_closings", "_forgotten", "_highest", "_opened", "_states", "_tags")
+    __slots__ = (
+        "_blobs",
+        "_closings",
+        "_forgotten",
+        "_highest",
+        "_opened",
+        "_states",
+        "_tags",
+        "auto_responses",
+    )
 
     def __init__(self) -> None:
         # Ready for SQLite: whatever the writer thread does in Python holds up the loop thread in one piece.
@@ -123,6 +139,8 @@ class RegistryBatch:
         self._closings: dict[int, tuple[int, str, bool, str]] = {}
         self._forgotten: set[int] = set()
         self._highest = 0
+        #: Rules of rooms, by the rooms' keys; None: there are none any more.
+        self.auto_responses: dict[str, bytes | None] = {}
 
     def open(
         self,
@@ -191,6 +209,7 @@ class RegistryBatch:
         self._tags.update(later._tags)
         self._states.update(later._states)
         self._closings.update(later._closings)
+        self.auto_responses.update(later.auto_responses)
         self._highest = max(self._highest, later._highest)
 
     def changes(self) -> Iterator[tuple[str, int, bytes | None]]:
@@ -206,7 +225,13 @@ class RegistryBatch:
 
     def __bool__(self) -> bool:
         return bool(
-            self._opened or self._tags or self._states or self._closings or self._forgotten or self._highest
+            self._opened
+            or self._tags
+            or self._states
+            or self._closings
+            or self._forgotten
+            or self._highest
+            or self.auto_responses
         )
 
 
@@ -242,13 +267,15 @@ class Registry:
             reserve_bytes=reserve_bytes,
         )
         try:
-            ((highest,),) = self._file.read(
-                "SELECT max(highest, coalesce((SELECT max(number) FROM connections), 0)) FROM numbers"
+            ((highest, has_rules),) = self._file.read(
+                "SELECT max(highest, coalesce((SELECT max(number) FROM connections), 0)),"
+                " EXISTS (SELECT 1 FROM auto_responses) FROM numbers"
             )
         except BaseException:
             self._file.close()
             raise
         self._first: int = highest + 1
+        self._has_rules = bool(has_rules)
 
     @property
     def path(self) -> Path:
@@ -300,6 +327,20 @@ class Registry:
                     for number, (code, reason, clean, cause) in batch._closings.items()
                 ],
             )
+            rules = batch.auto_responses
+            _RULES.run(writer, [(room, bytearray(blob)) for room, blob in rules.items() if blob is not None])
+            _NO_RULES.run(writer, [(room,) for room, blob in rules.items() if blob is None])
+        if batch.auto_responses:
+            self._has_rules = True
+
+    def auto_responses(self, room: str) -> bytes | None:
+        """What is kept of a room's automatic responses, by its key; None: nothing. Costs nothing as long as
+        no room has any.
+        """
+        if not self._has_rules:
+            return None
+        rows = self._file.read("SELECT rules FROM auto_responses WHERE room = ?", (room,))
+        return rows[0][0] if rows else None
 
     def surviving(self) -> Iterator[Row]:
         """Give every row that a former gateway left, also those closing, in the order of acceptance, page by

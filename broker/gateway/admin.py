@@ -183,6 +183,8 @@ class Admin:
             "refused": {str(status): count for status, count in gateway.doors.refused.items()},
             "closes": dict(lifecycle.closes),
             "messages": gateway.inbox.messages,
+            "auto_responses": lifecycle.answers,
+            "compressed": table.compressed,
             "frames_sent": gateway.sender.sent,
             "broadcasts": effects.broadcasts,
             "deliveries": effects.deliveries,
@@ -297,9 +299,9 @@ class Admin:
         self._gateway.lifecycle.close(self._find(question), code, reason, "server_close")
         return {"kicked": 1}
 
-    async def _freeze(self, _: dict[str, Any]) -> dict[str, Any]:
-        await self._gateway.freeze()
-        return {"frozen": True}
+    async def _freeze(self, question: dict[str, Any]) -> dict[str, Any]:
+        paused_at = await self._gateway.freeze(float(question.get("patience_seconds", 0)))
+        return {"frozen": True, "paused_at": paused_at}
 
     async def _resume(self, _: dict[str, Any]) -> dict[str, Any]:
         self._gateway.resume()

@@ -21,7 +21,7 @@ from array import array
 from socket import socket
 from typing import TYPE_CHECKING, Final
 
-from broker.gateway.ledger import HIGH, NUMBER, Ledger
+from broker.gateway.ledger import ANSWERS, HIGH, NUMBER, Ledger
 from hibernation.wire import read_card
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ PARTIAL: Final = 16  # a part of a frame or message is left in the kernel behind
 #: Set in the ledger's phase beside the phase itself: the connect turn has ended, or there is none.
 INTRODUCED: Final = 0x80
 
+#: Bits of the ledger's phase: the phase itself; and for a client that has agreed to compression (RFC 7692)
+#: the size of the window that it lets us use, in bits above 8. So what was agreed on outlives the gateway.
+PHASE: Final = 0x07
+WINDOW: Final = 0x38
+WINDOW_SHIFT: Final = 3
+
 #: Slots of a table that is given no ledger.
 CAPACITY: Final = 4096
 
@@ -68,6 +74,7 @@ class Connections:
         "_index_used",
         "address",
         "card",
+        "compressed",
         "consumed",
         "count",
         "flags",
@@ -106,6 +113,8 @@ class Connections:
         self.phase = bytearray()  # `set_phase` keeps the ledger's the same
         self.flags = bytearray()
         self.count = 0
+        #: Connections that have agreed to compression.
+        self.compressed = 0
         self._free: array[int] = array("I")
         self._by_descriptor = array("I")
         self._index = array("I", [NONE]) * 64
@@ -125,7 +134,17 @@ class Connections:
         """Move a connection on."""
         self.phase[slot] = phase
         column = self.ledger.phase
-        column[slot] = column[slot] & INTRODUCED | phase
+        column[slot] = column[slot] & ~PHASE | phase
+
+    def agree(self, slot: int, window_bits: int) -> None:
+        """Compression is agreed on, with a window of 9 to 15 bits for what we send."""
+        self.ledger.phase[slot] |= window_bits - 8 << WINDOW_SHIFT
+        self.compressed += 1
+
+    def window_bits(self, slot: int) -> int:
+        """The window for what we send to this connection; 0: nothing is compressed, in either direction."""
+        window = self.ledger.phase[slot] & WINDOW
+        return 8 + (window >> WINDOW_SHIFT) if window else 0
 
     def allocate(self, number: int, sock: socket | None, room: "RoomRecord", card: bytes, now: int) -> int:
         """Take a slot for a new connection, in phase ADMITTING."""
@@ -157,6 +176,8 @@ class Connections:
             self.ledger.header[HIGH] = slot + 1
         ledger = self.ledger
         ledger.consumed[slot] = ledger.base[slot] = ledger.cookie[slot] = ledger.mark[slot] = 0
+        if ledger.header[ANSWERS]:
+            ledger.answered[slot] = 0
         ledger.phase[slot] = ADMITTING
         ledger.number[slot] = number
         ledger.header[NUMBER] = max(ledger.header[NUMBER], number)
@@ -193,6 +214,7 @@ class Connections:
         self.seen[slot] = now
         self.phase[slot] = ADMITTING
         self.count += 1
+        self.compressed += self.ledger.phase[slot] & WINDOW != 0
         room.held += 1
         if sock is not None:
             self.watch(sock.fileno(), slot)
@@ -212,6 +234,7 @@ class Connections:
         self.card[slot] = b""
         self.room[slot] = None
         self.number[slot] = 0
+        self.compressed -= self.ledger.phase[slot] & WINDOW != 0
         self.ledger.phase[slot] = self.phase[slot] = FREE
         self.flags[slot] = 0
         self.count -= 1

@@ -24,6 +24,7 @@ import trio
 from cbor2 import dumps
 
 from broker.gateway.admin import Admin
+from broker.gateway.answers import RoomRules
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
@@ -43,6 +44,7 @@ from broker.gateway.ledger import (
     TAGS,
     Ledger,
     Record,
+    rules_record,
 )
 from broker.gateway.lifecycle import Lifecycle
 from broker.gateway.links import HostLink, Links
@@ -54,6 +56,7 @@ from broker.gateway.rooms import RoomRecord, Rooms
 from broker.gateway.succession import Succession
 from hibernation import wire
 from hibernation.configuration import GatewayConfig, report
+from hibernation.keeper_messages import SLOTS_MAX
 from hibernation.keeping import KeeperClient, KeeperGone, Kept
 from hibernation.logs import get_logger
 from hibernation.memory import Trimmer
@@ -69,8 +72,8 @@ DRAIN_PAUSE_SECONDS = 0.05
 #: How long a gateway looks for its keeper before it gives up, and how long the keeper has to hand out what it
 #: holds.
 KEEPER_SECONDS = 10.0
-#: A successor waits so long for requests under way to be answered, and for turns under way to end; the turns
-#: that have not are run again, the requests are lost (S34).
+#: When nobody is let in any more a successor waits so long for requests under way to be answered, and then
+#: for turns under way to end; the turns that have not are run again, the requests are lost (S34).
 REQUESTS_SECONDS = 1.0
 TURNS_SECONDS = 0.1
 #: And so long for rows and sockets to be stored, first while everything goes on, then while nothing does.
@@ -78,6 +81,9 @@ SETTLE_SECONDS = 3.0
 FREEZE_SECONDS = 0.5
 #: Slots beyond those that sockets can be in: connections whose close turn has not ended.
 SLOTS_BESIDE = 4096
+#: Where the number of files is not limited, this bounds connections; the keeper needs slots beyond them for
+#: those whose request has not been decided.
+LEDGER_SLOTS_MAX = SLOTS_MAX // 2
 #: A tick makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
 #: default.
 GC_THRESHOLDS = (20_000, 20, 50)
@@ -104,7 +110,7 @@ class Gateway:
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
             most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            ledger = Ledger.create(2 * most + len(rows) + SLOTS_BESIDE)
+            ledger = Ledger.create(min(2 * most + len(rows) + SLOTS_BESIDE, LEDGER_SLOTS_MAX))
             for name, descriptor in ledger.descriptors.items():
                 keeper.pin(name, descriptor)
         self.ledger = ledger
@@ -113,7 +119,8 @@ class Gateway:
         self._registry_failed = False
         self._trimmer = Trimmer()
         self.connections = Connections(ledger)
-        self.rooms = Rooms(self.connections)
+        self.rules = RoomRules(self._rules_of)
+        self.rooms = Rooms(self.connections, rules=self.rules)
         self.hub = Hub(self._parked, self._end_of_tick, self._each_second)
         self.links = Links(self.hub, settings, config.shard_count, ledger)
         self.inbox = Inbox(self.connections, self.links, settings, config.data / "spill")
@@ -155,6 +162,7 @@ class Gateway:
             self.lifecycle,
             self.doors,
             self.forward,
+            self.rules,
         )
         self._admin = Admin(self)
         self.parties: dict[str, PartyView] = {}
@@ -223,19 +231,20 @@ class Gateway:
         """The record of a row's room, made if need be."""
         party = self.parties.get(row.party) or PartyView.unknown(row.party, self.config.settings)
         key = f"{row.party}/{row.room}"
-        room = self.rooms.by_key.get(key)
-        if room is None:
-            shard = wire.partition_of(key) % self.links.shard_count
-            room = self.rooms.by_key[key] = RoomRecord(key, party, shard)
-        return room
+        return self.rooms.by_key.get(key) or self.rooms.record(
+            key, party, wire.partition_of(key) % self.links.shard_count
+        )
+
+    def _rules_of(self, key: str) -> bytes | None:
+        """What the registry holds of a room's automatic responses; it is another one after `resume`."""
+        return self.registry.auto_responses(key)
 
     def _know(self, descriptions: list[dict[str, Any]]) -> None:
         """These are the parties now."""
         self.descriptions = descriptions
         self.parties = read_parties(descriptions, self.config.settings)
         self.doors.parties = self.forward.parties = self.parties
-        for room in self.rooms.by_key.values():
-            room.party = self.parties.get(room.party.name) or room.party.without_hooks()
+        self.rooms.know(self.parties)
 
     def _records(self) -> Iterator[Record]:
         """What a successor has to know, and finds neither in columns nor in the registry."""
@@ -244,6 +253,8 @@ class Gateway:
             [self.lifecycle.batch] if self._storing is None else [self._storing[1], self.lifecycle.batch]
         )
         for batch in batches:
+            for key, rules in batch.auto_responses.items():
+                yield rules_record(key, rules)
             for what, number, blob in batch.changes():
                 if what == "state":
                     yield Record(STATE, 0, number, blob is not None, blob or b"")
@@ -324,8 +335,7 @@ class Gateway:
         self._trimmer.each_second(self.inbox.messages + self.lifecycle.accepted)
         if self._registry_failed:
             self._registry_failed = False
-        if self._ready_reported:
-            report(self.config.status_fd, "beat")
+        report(self.config.status_fd, "beat")
 
     def _store(self, batch: RegistryBatch) -> None:
         """Give what the ticks have gathered to the writer thread, as one transaction."""
@@ -340,6 +350,7 @@ class Gateway:
             stored, batch = self._storing
             self._storing = None
             if error is None:
+                self.rules.saved(batch.auto_responses)
                 if stored:
                     self.duplicates.hold(stored)
                 continue
@@ -353,7 +364,8 @@ class Gateway:
             for _, refused in stored:
                 batch.forget(refused)
             self.lifecycle.not_committed(
-                stored, error_response(503, "the broker cannot store connections at the moment")
+                stored,
+                error_response(503, "the broker cannot store connections at the moment", (RETRY_AFTER,)),
             )
             batch.merge(self.lifecycle.batch)
             self.lifecycle.batch = batch
@@ -454,13 +466,23 @@ class Gateway:
 
     # --- A successor ------------------------------------------------------------------------------
 
-    async def freeze(self) -> None:
+    async def freeze(self, patience_seconds: float = 0.0) -> float:
         """Stop at a point from which a successor can go on: nothing is read any more, all that was decided is
         in ledger, registry and keeper. Until `leave` this gateway can `resume`.
+
+        HTTP requests that have begun get `patience_seconds` to be answered while everything goes on as usual;
+        those that come meanwhile have REQUESTS_SECONDS.
+
+        Returns:
+            When reading stopped, as `time.monotonic` has it.
 
         Raises:
             HandoverRefused: It is not possible now; everything goes on.
         """
+        begun = self.forward.numbers
+        with trio.move_on_after(patience_seconds):
+            while begun & self.forward.numbers:  # noqa: ASYNC110 - once for each request would cost them all
+                await trio.sleep(0.02)
         if self._frozen or not self._ready_reported or self.lifecycle.draining:
             raise HandoverRefused("this gateway is not serving")
         self.doors.rest()
@@ -473,6 +495,7 @@ class Gateway:
                 while self.lifecycle.storing_count or not self.duplicates.is_there:  # noqa: ASYNC110
                     await trio.sleep(0.002)
             self.hub.pause()
+            paused_at = monotonic()
             self._frozen = True
             with trio.move_on_after(TURNS_SECONDS):
                 while any(host.inflight_bytes for host in self.links.hosts):  # noqa: ASYNC110
@@ -488,8 +511,11 @@ class Gateway:
             raise HandoverRefused(str(error) or "rows or sockets were not stored in time") from error
         self.duplicates.leave()
         self.links.close()
+        self.ledger.rewrite(self._records())
+        self.ledger.rest(memoryview(self.connections.written))
         self.registry.close()
         (self.config.data / "gateway.sock").unlink(missing_ok=True)
+        return paused_at
 
     def _is_stored(self) -> bool:
         """Whether everything is in the registry."""
@@ -508,6 +534,7 @@ class Gateway:
             self.registry.close()
             self.leave()
             return
+        self.ledger.wake()
         self.links.listen(self.config.data / "gateway.sock")
         self.duplicates.go_on()
         self._go_on()

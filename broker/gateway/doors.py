@@ -17,6 +17,7 @@ from typing import Any, Final
 from cbor2 import dumps
 
 from broker.gateway.connections import ADMITTING, CLOSING, CONNECTING, ENDING, Connections
+from broker.gateway.deflate import choose_deflate
 from broker.gateway.forwarding import Proxies
 from broker.gateway.handshake import (
     Head,
@@ -285,7 +286,7 @@ class Doors:
         room = self._rooms.by_key.get(key)
         if room is None:
             shard = wire.partition_of(key) % self._links.shard_count
-            room = self._rooms.by_key[key] = RoomRecord(key, party, shard)
+            room = self._rooms.record(key, party, shard)
         elif room.count + room.arriving >= settings.room_connections_max:
             raise HeadError(503, "too many connections in this room", (RETRY_AFTER,))
         self._admit(sock, address, counted, head, upgrade, route, room, given, client, scheme)
@@ -328,7 +329,10 @@ class Doors:
             request = dumps(fields)  # as bytes it is small, and whoever never looks at it never decodes it
         slot = table.allocate(number, sock, room, wire.make_card(name, uri, b""), int(self._hub.now))
         table.watch(sock.fileno(), slot)
-        answer = switching_response(upgrade.key, subprotocol)
+        agreed = choose_deflate(upgrade.extensions) if party.settings.compression == "deflate" else None
+        if agreed is not None:
+            table.agree(slot, agreed.window_bits)
+        answer = switching_response(upgrade.key, subprotocol, None if agreed is None else agreed.answer)
         self._lifecycle.introduce(slot, Newcomer(answer, head.length, request, name, uri, counted))
         if given is not None:
             other = table.find(room, given)

@@ -11,21 +11,23 @@ that may be done again does no harm when it is: an effect that sends looks at th
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from cbor2 import dumps, loads
 
+from broker.gateway.answers import RoomRules
 from broker.gateway.connections import CLOSED, CLOSING, CONNECTING, ENDING, OPEN, Connections
+from broker.gateway.deflate import window_for
 from broker.gateway.doors import Doors
 from broker.gateway.forward import Forward
-from broker.gateway.frames import encode_message
+from broker.gateway.frames import encode_compressed, encode_message, payload_bytes
 from broker.gateway.inbox import Inbox
-from broker.gateway.ledger import CURSOR, HOSTS_MAX, STEP_BITS
+from broker.gateway.ledger import CURSOR, ENCODED, HOSTS_MAX, STEP_BITS
 from broker.gateway.lifecycle import Lifecycle
 from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import Sender
-from broker.gateway.rooms import Rooms
+from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation import wire
 from hibernation.logs import get_logger
 
@@ -52,6 +54,7 @@ class Effects:
         lifecycle: Lifecycle,
         doors: Doors,
         forward: Forward,
+        rules: RoomRules,
     ) -> None:
         self._links = links
         self._connections = connections
@@ -63,6 +66,11 @@ class Effects:
         self._lifecycle = lifecycle
         self._doors = doors
         self._forward = forward
+        self._rules = rules
+        #: The effect that a former gateway may have begun; and by bits of the window, the frames that it
+        #: sends compressed, as that gateway had made them.
+        self._in_doubt = 0
+        self._encoded: dict[int, bytes] = {}
         self.on_answer: Callable[[int, Any], None]
         self.on_retire: Callable[[HostLink], None]
         self.on_quarantine: Callable[[str, str | None, float], None]
@@ -105,12 +113,22 @@ class Effects:
         self._items(None, items)
         self._ledger.end()
 
-    def resume(self) -> None:
-        """Finish the message that a former gateway was carrying out, from the step in doubt on."""
+    def restore_rules(self, rules: Mapping[str, bytes | None]) -> None:
+        """What rooms have set, as a former gateway had it, may not have got to the registry."""
+        self._rules.unsaved.update(rules)
+        self._lifecycle.batch.auto_responses.update(rules)
+
+    def resume(self, frames: Mapping[tuple[int, int], bytes]) -> None:
+        """Finish the message that a former gateway was carrying out, from the step in doubt on. `frames` are
+        those that it had compressed, by effect and bits of the window.
+        """
+        self._in_doubt = doubt = self._ledger.in_doubt
+        self._encoded = {bits: frame for (effect, bits), frame in frames.items() if effect == doubt}
         encoded, items_done, steps_done = self._ledger.unfinished()
         if encoded:
             self._items(None, loads(encoded)[2], items_done, steps_done)
             self._ledger.end()
+        self._encoded.clear()
 
     def _items(
         self, host: HostLink | None, items: list[Any], skip_items: int = 0, skip_steps: int = 0
@@ -167,22 +185,32 @@ class Effects:
 
     def _execute(self, effects: list[list[Any]]) -> None:
         """Carry out the effects of one turn, in their order."""
-        table, sender, header = self._connections, self._sender, self._header
+        table, sender, header, lifecycle = self._connections, self._sender, self._header, self._lifecycle
         for effect in effects:
             header[CURSOR] = sender.effect = sender.effect + 1
             kind = effect[0]
             if kind == wire.SEND:
                 _, slot, number, data = effect
                 if table.holds(slot, number) and (
-                    table.phase[slot] <= OPEN or (table.phase[slot] == ENDING and self._rooms.is_linked(slot))
+                    (table.phase[slot] <= OPEN and not (lifecycle.reopened and lifecycle.has_ended(slot)))
+                    or (table.phase[slot] == ENDING and self._rooms.is_linked(slot))
                 ):
-                    sender.send(slot, encode_message(data))
+                    frame = encode_message(data)
+                    if table.compressed:
+                        frame = self._compressed(slot, frame)
+                    sender.send(slot, frame)
                 else:
                     self.missed += 1
             elif kind == wire.BROADCAST:
                 self._broadcast(effect)
             elif kind == wire.RESPOND:
                 self._forward.respond(effect[1], effect[2], effect[3], effect[4])
+            elif kind == wire.AUTO:
+                _, key, request, reply, prefix, most = effect
+                rules = self._rules.change(
+                    self._rooms.by_key.get(key), key, request, reply, prefix=prefix, most=most
+                )
+                self._lifecycle.keep_rules(key, rules)
             elif table.holds(effect[1], effect[2]):
                 self._change(kind, effect)
 
@@ -210,7 +238,56 @@ class Effects:
             slots = [slot for slot in slots if slot not in hidden]
         self.broadcasts += 1
         self.deliveries += len(slots)
-        self._sender.send_to_many(slots, encode_message(data))
+        frame = encode_message(data)
+        if self._connections.compressed and self._is_worth(room, frame):
+            slots = self._broadcast_compressed(slots, frame)
+        self._sender.send_to_many(slots, frame)
+
+    # --- Compression (RFC 7692) -------------------------------------------------------------------
+    #
+    # A frame that was sent in part has to be finished with the bytes that it began with, and what zlib makes
+    # of a message is another thing in another version of it. So a compressed frame is in the ledger's log
+    # before any of it is sent; and of an effect that is in doubt nothing else is sent compressed.
+
+    def _is_worth(self, room: RoomRecord, frame: bytes) -> bool:
+        settings = room.party.settings
+        return settings.compression == "deflate" and payload_bytes(frame) >= settings.compression_bytes_min
+
+    def _compressed(self, slot: int, frame: bytes) -> bytes:
+        """The frame as it goes to this connection."""
+        table = self._connections
+        window_bits, room = table.window_bits(slot), table.room[slot]
+        assert room is not None
+        if not window_bits or not self._is_worth(room, frame):
+            return frame
+        return self._encode(frame, window_for(payload_bytes(frame), window_bits))
+
+    def _broadcast_compressed(self, slots: list[int], frame: bytes) -> list[int]:
+        """Send it to those that have agreed to compression, compressed once for each window; gives the
+        others.
+        """
+        table = self._connections
+        size = payload_bytes(frame)
+        others: list[int] = []
+        groups: dict[int, list[int]] = {}
+        for slot in slots:
+            window_bits = table.window_bits(slot)
+            if window_bits:
+                groups.setdefault(window_for(size, window_bits), []).append(slot)
+            else:
+                others.append(slot)
+        for bits, group in groups.items():
+            self._sender.send_to_many(group, self._encode(frame, bits))
+        return others
+
+    def _encode(self, frame: bytes, bits: int) -> bytes:
+        effect = self._sender.effect
+        if effect == self._in_doubt:
+            return self._encoded.get(bits, frame)
+        compressed = encode_compressed(frame, bits)
+        self._ledger.add(ENCODED, bits, 0, effect, compressed)
+        self._ledger.commit()
+        return compressed
 
     def _paused(self, host: HostLink | None, item: list[Any]) -> None:
         if host is not None:
@@ -257,6 +334,9 @@ class Effects:
         room = rooms.by_key.get(key)
         if what == "more":
             return self._page(argument)
+        if what == "answered":
+            slot, number = argument
+            return (self._ledger.answered[slot] or None) if table.holds(slot, number) else None
         if room is None:
             return {"find": None, "list": [[], b""], "count": 0}[what]
         if what == "find":

@@ -113,6 +113,11 @@ class Forward:
         """Requests that are not answered yet."""
         return len(self._pending)
 
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The requests that are not answered yet."""
+        return frozenset(self._pending)
+
     async def request(self, request: HttpRequest) -> HttpReply:
         """Have a room, or `on_fetch`, answer.
 

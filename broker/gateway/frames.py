@@ -26,6 +26,15 @@ from typing import Final, NamedTuple, cast
 
 from wsproto.frame_protocol import FrameProtocol, ParseFailed
 
+from broker.gateway.deflate import (
+    COMPRESSED_BYTES_MAX,
+    CorruptDeflate,
+    InflatedTooLarge,
+    deflate,
+    inflate,
+    wire_bytes_max,
+)
+
 __all__ = [
     "Close",
     "Event",
@@ -38,6 +47,7 @@ __all__ = [
     "Violation",
     "close_reply",
     "encode_close",
+    "encode_compressed",
     "encode_message",
     "encode_ping",
     "encode_pong",
@@ -54,6 +64,9 @@ BINARY: Final = 0x2
 CLOSE: Final = 0x8
 PING: Final = 0x9
 PONG: Final = 0xA
+
+#: Of a frame's first byte: the message is compressed (RFC 7692 6).
+COMPRESSED: Final = 0x40
 
 # Opcodes that RFC 6455 11.8 defines; the others are reserved and fail the connection (5.2).
 _OPCODES: Final = frozenset({CONTINUATION, TEXT, BINARY, CLOSE, PING, PONG})
@@ -110,9 +123,13 @@ class Header(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A whole message: str if its frames were text, else bytes."""
+    """A whole message: str if its frames were text, else bytes.
+
+    `inflated_bytes` is its size if it came compressed: then it may be far more than that of its frames.
+    """
 
     data: str | bytes
+    inflated_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,20 +255,21 @@ def _unmask(data: Bytes, start: int, end: int) -> bytes | bytearray:
 # --- headers --------------------------------------------------------------------------------------
 
 
-def frame_header(data: Bytes, pos: int, end: int) -> Header | None:
+def frame_header(data: Bytes, pos: int, end: int, *, compressed: bool = False) -> Header | None:
     """Read the header of the client's frame that begins at `pos`, where `data` is received up to `end`.
 
     Gives None while the length is not known yet. The masking key need not have arrived: a caller that has
     a length can refuse it at once. Raises Violation(1002) as soon as a byte shows a reserved bit or opcode,
     a control frame in fragments or over 125 bytes, no mask, or a length that is not in its shortest form
-    or has bit 63 set (RFC 6455 5.1, 5.2, 5.5).
+    or has bit 63 set (RFC 6455 5.1, 5.2, 5.5). `compressed`: compression was agreed on, so the first frame of
+    a message, and no other, may have the bit that says so (RFC 7692 6).
     """
     if pos >= end:
         return None
     first = data[pos]
     opcode = first & 0x0F
     fin = first >= 0x80
-    if first & 0x70:
+    if first & 0x70 and (first & 0x70 != COMPRESSED or not compressed or opcode not in (TEXT, BINARY)):
         raise Violation(PROTOCOL_ERROR, "a reserved bit is set")
     if opcode not in _OPCODES:
         raise Violation(PROTOCOL_ERROR, "reserved opcode")
@@ -283,7 +301,7 @@ def frame_header(data: Bytes, pos: int, end: int) -> Header | None:
             header_bytes = 14
         if not shortest:
             raise Violation(PROTOCOL_ERROR, "the length is not in its shortest form")
-    return Header(opcode, fin, 0, True, length, header_bytes)
+    return Header(opcode, fin, first >> 4 & 7, True, length, header_bytes)
 
 
 # --- everything else ------------------------------------------------------------------------------
@@ -296,12 +314,20 @@ class MessageReader:
     Made when `take_message` gives None for a frame that is all there; may be dropped whenever `idle`.
     wsproto checks the UTF-8 across fragments; it has no limits of its own, so it never sees a frame that
     has not passed them here. Control frames hold no state and do not go through it: the registry of close
-    codes has one (1014) that it refuses.
+    codes has one (1014) that it refuses. Nor do compressed messages, which are kept as they come until they
+    are whole: what they grow to, and whether it is text, shows only then.
+
+    `compressed`: compression was agreed on.
     """
 
-    def __init__(self, limit_bytes: int, fragment_max: int = FRAGMENT_MAX) -> None:
+    def __init__(
+        self, limit_bytes: int, fragment_max: int = FRAGMENT_MAX, *, compressed: bool = False
+    ) -> None:
         self._limit_bytes = limit_bytes
         self._fragment_max = fragment_max
+        self._compressed = compressed
+        # Opcode of the compressed message that has begun and not ended; 0: there is none.
+        self._inflating = 0
         # Of the message that has begun and not ended: its payload bytes, its frames, and its decoded pieces,
         # which are all str or all bytes.
         self._bytes = 0
@@ -318,7 +344,8 @@ class MessageReader:
         """Refuse a frame by its header, before its payload is waited for. Changes nothing.
 
         Raises Violation: 1002 for a continuation of nothing, or for a new message inside another (RFC 6455
-        5.4); 1009 if the message would be over `limit_bytes`; 1008 if it comes in too many fragments.
+        5.4); 1009 if the message would be over `limit_bytes`, or, compressed, over what that can take; 1008
+        if it comes in too many fragments.
         """
         if header.opcode >= CLOSE:
             return
@@ -327,7 +354,10 @@ class MessageReader:
                 raise Violation(PROTOCOL_ERROR, "a continuation without a message to continue")
         elif self._fragments:
             raise Violation(PROTOCOL_ERROR, "a new message began inside a fragmented one")
-        if self._bytes + header.length > self._limit_bytes:
+        limit = self._limit_bytes
+        if self._inflating or header.rsv:
+            limit = wire_bytes_max(limit)
+        if self._bytes + header.length > limit:
             raise Violation(TOO_BIG, f"a message holds at most {self._limit_bytes} bytes")
         if self._fragments >= self._fragment_max:
             raise Violation(POLICY, f"a message comes in at most {self._fragment_max} fragments")
@@ -337,11 +367,12 @@ class MessageReader:
 
         Gives no event for a fragment that does not end its message, else one. Raises Violation as
         `frame_header` and `check_header` do, 1007 for text that is not UTF-8 (RFC 6455 8.1; told at the first
-        wrong byte, not at the end of the message), 1002 for a Close frame of one byte or with a code
+        wrong byte, of a compressed message at its end) and for what cannot be decompressed, 1009 for what is
+        too large when it is, 1002 for a Close frame of one byte or with a code
         that must not be sent (7.4); the reader is of no use after it. Raises ValueError, a fault of the
         caller, for anything but one whole frame.
         """
-        header = frame_header(frame, 0, len(frame))
+        header = frame_header(frame, 0, len(frame), compressed=self._compressed)
         if header is None or header.header_bytes + header.length != len(frame):
             raise ValueError("feed() takes exactly one whole frame")
         self.check_header(header)
@@ -350,6 +381,8 @@ class MessageReader:
 
         self._bytes += header.length
         self._fragments += 1
+        if self._inflating or header.rsv:
+            return self._feed_compressed(header, frame)
         if self._protocol is None:
             self._protocol = FrameProtocol(client=False, extensions=[])
         self._protocol.receive_bytes(bytes(frame))
@@ -368,6 +401,24 @@ class MessageReader:
         if isinstance(pieces[0], str):
             return [Message("".join(cast("list[str]", pieces)))]
         return [Message(b"".join(cast("list[bytes]", pieces)))]
+
+    def _feed_compressed(self, header: Header, frame: Bytes) -> list[Event]:
+        self._inflating = self._inflating or header.opcode
+        self._pieces.append(bytes(_unmask(frame, header.header_bytes, len(frame))))
+        if not header.fin:
+            return []
+        opcode, pieces = self._inflating, cast("list[bytes]", self._pieces)
+        self._inflating = self._bytes = self._fragments = 0
+        self._pieces = []
+        try:
+            data = inflate(pieces, self._limit_bytes)
+            return [Message(data.decode() if opcode == TEXT else data, len(data))]
+        except InflatedTooLarge:
+            raise Violation(TOO_BIG, f"a message holds at most {self._limit_bytes} bytes") from None
+        except CorruptDeflate:
+            raise Violation(BAD_DATA, "the message cannot be decompressed") from None
+        except UnicodeDecodeError:
+            raise Violation(BAD_DATA, "the text is not valid UTF-8") from None
 
 
 def _control_event(opcode: int, payload: bytes) -> Ping | Pong | Close:
@@ -412,9 +463,37 @@ def encode_message(message: str | bytes) -> bytes:
         if length < 126:
             return _BINARY_HEADERS[length] + payload
         first = 0x80 | BINARY
+    return _long_header(first, length) + payload
+
+
+def _long_header(first: int, length: int) -> bytes:
+    """The header of a server's frame with 126 bytes or more."""
     if length < 0x10000:
-        return struct.pack("!BBH", first, 126, length) + payload
-    return struct.pack("!BBQ", first, 127, length) + payload
+        return struct.pack("!BBH", first, 126, length)
+    return struct.pack("!BBQ", first, 127, length)
+
+
+def encode_compressed(frame: bytes, window_bits: int) -> bytes:
+    """The frame of `encode_message` with its payload compressed (RFC 7692 7.2.1); the same frame if that
+    would not make it smaller, or it is over COMPRESSED_BYTES_MAX.
+
+    The bytes depend on the version of zlib: whoever has sent some of them must keep the rest.
+    """
+    form = frame[1]
+    payload = frame[2 if form < 126 else 4 if form == 126 else 10 :]
+    if not 0 < len(payload) <= COMPRESSED_BYTES_MAX:
+        return frame
+    small = deflate(payload, window_bits)
+    length = len(small)
+    first = frame[0] | COMPRESSED
+    header = bytes((first, length)) if length < 126 else _long_header(first, length)
+    return header + small if len(header) + length < len(frame) else frame
+
+
+def payload_bytes(frame: bytes) -> int:
+    """Size of the payload of a server's frame."""
+    form = frame[1]
+    return len(frame) - (2 if form < 126 else 4 if form == 126 else 10)
 
 
 def sendable(code: int) -> bool:

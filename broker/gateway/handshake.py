@@ -335,10 +335,11 @@ def choose_subprotocol(offered: tuple[str, ...], supported: tuple[str, ...] = ()
 # --- answers --------------------------------------------------------------------------------------
 
 
-def switching_response(key: str, subprotocol: str | None = None) -> bytes:
+def switching_response(key: str, subprotocol: str | None = None, extension: str | None = None) -> bytes:
     """The 101 that opens a WebSocket (RFC 6455 4.2.2), for a key that `check_upgrade` gave.
 
-    Extensions are declined by saying nothing of them. Raises ValueError for a subprotocol that is not a
+    `extension` is the answer to the one that is agreed on; the others are declined by saying nothing of them.
+    Raises ValueError for a subprotocol that is not a
     token, so that no room's code can write headers.
     """
     accept = b64encode(sha1(key.encode("ascii") + _ACCEPT_GUID, usedforsecurity=False).digest())
@@ -352,6 +353,8 @@ def switching_response(key: str, subprotocol: str | None = None) -> bytes:
         if not _is_token(subprotocol):
             raise ValueError(f"subprotocol {subprotocol!r} is not a token (RFC 9110 5.6.2)")
         response += b"Sec-WebSocket-Protocol: " + subprotocol.encode("ascii") + b"\r\n"
+    if extension is not None:
+        response += b"Sec-WebSocket-Extensions: " + extension.encode("ascii") + b"\r\n"
     return response + b"\r\n"
 
 

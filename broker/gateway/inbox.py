@@ -25,10 +25,12 @@ import fcntl
 import socket
 import struct
 import termios
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from broker.gateway.answers import Answers
 from broker.gateway.connections import (
     CLOSED,
     CLOSING,
@@ -38,12 +40,15 @@ from broker.gateway.connections import (
     OPEN,
     PARTIAL,
     READER,
+    WINDOW,
     Connections,
 )
+from broker.gateway.deflate import wire_bytes_max
 from broker.gateway.frames import CLOSE as CLOSE_FRAME
 from broker.gateway.frames import (
     FRAGMENT_MAX,
     Close,
+    Header,
     Message,
     MessageReader,
     Ping,
@@ -58,6 +63,8 @@ from hibernation import wire
 from hibernation.logs import get_logger
 from hibernation.settings import Settings
 
+#: Where turns of a room overlap a connection may have this part of the room's events in flight.
+SHARE: Final = 8
 #: Peeked at once: more than the kernel keeps with SO_RCVBUF at its default setting.
 PEEK_BYTES: Final = 512 * 1024
 #: Unfinished messages of so many bytes in the kernel are looked at again after so long.
@@ -72,6 +79,14 @@ STALL_SECONDS: Final = 0.1
 SPILL_EXTRA_BYTES_MAX: Final = 14 * FRAGMENT_MAX + 64 * 1024
 #: What the disk has refused is tried again after so long.
 SPILL_AGAIN_SECONDS: Final = 1.0
+#: Automatic responses in one pass, so that a client that asks for many holds up no others.
+ANSWERS_PER_PASS: Final = 64
+#: What `_answer` says: the message is the room's; it has its answer; it has to wait.
+#: So much of compressed messages costs as much time as an automatic response, or more.
+INFLATED_PER_ANSWER: Final = 16 * 1024
+NO_ANSWER: Final = 0
+ANSWERED: Final = 1
+WAITS: Final = 2
 MSG_PEEK: Final = socket.MSG_PEEK
 MSG_TRUNC: Final = socket.MSG_TRUNC
 MESSAGE: Final = wire.MESSAGE
@@ -93,8 +108,8 @@ class Reading:
         "start",
     )
 
-    def __init__(self, start: int, limit_bytes: int) -> None:
-        self.reader = MessageReader(limit_bytes)
+    def __init__(self, start: int, limit_bytes: int, *, compressed: bool) -> None:
+        self.reader = MessageReader(limit_bytes, compressed=compressed)
         #: Where its first frame begins.
         self.start = start
         self.file: SpillFile | None = None
@@ -126,10 +141,13 @@ class Inbox:
         #: Slots of messages that the disk did not take.
         self._refused: set[int] = set()
         self._unfinished: set[int] = set()
+        #: By slot: where compressed messages end that are in flight, and how large they are for the host.
+        self._inflated: dict[int, deque[tuple[int, int]]] = {}
         #: State of the few connections that have one.
         self.states: dict[int, bytes] = {}
         self.messages = 0
         # What happens beside messages; set by the lifecycle, which is made after the inbox.
+        self.on_answer: Callable[[int, bytes, int], None]
         self.on_ping: Callable[[int, bytes], None]
         self.on_close_frame: Callable[[int, int, str], None]
         self.on_violation: Callable[[int, int, str], None]
@@ -155,10 +173,13 @@ class Inbox:
         position = table.parsed[slot] - consumed
         last_end = table.last_end[slot]
         inflight = last_end - consumed if last_end > consumed else 0
+        events_max = room.events_max
+        if room.party.overlaps:
+            events_max = self._share(slot, room)
         if (
             link is None
             or inflight >= self._inflight_bytes_max
-            or room.inflight_events >= room.events_max
+            or room.inflight_events >= events_max
             or room.inflight_bytes >= room.bytes_max
             or link.inflight_bytes >= link.bytes_max
         ):
@@ -178,25 +199,40 @@ class Inbox:
             return
         limit = room.party.message_bytes_max
         wants = room.party.wants_message
+        answers = room.answers
+        answered = 0
         most = self._inbox_bytes_max if spill_over_bytes is None else spill_over_bytes
         spill: Reading | None = None
         deferred = False
         while position < end:
             taken = take_message(buffer, position, end, limit) if reading is None else None
             if taken is not None:
-                data, position = taken
+                data, after = taken
+                if answers is not None:
+                    verdict = self._answer(slot, room, link, answers, data, consumed + after)
+                    if verdict == WAITS:
+                        deferred = True
+                        break
+                    if verdict == ANSWERED:
+                        position = after
+                        answered += 1
+                        if table.phase[slot] != OPEN or answered >= ANSWERS_PER_PASS:
+                            break
+                        continue
+                position = after
                 if wants:
                     self._dispatch(slot, room, link, consumed + position, data)
-                    if position >= self._inflight_bytes_max or room.inflight_events >= room.events_max:
+                    if position >= self._inflight_bytes_max or room.inflight_events >= events_max:
                         deferred = position < end
                         break
                 continue
             try:
-                header = frame_header(buffer, position, end)
+                compressed = table.ledger.phase[slot] & WINDOW != 0
+                header = frame_header(buffer, position, end, compressed=compressed)
                 if header is None:
                     break
                 if reading is None:
-                    reading = Reading(consumed + position, limit)
+                    reading = Reading(consumed + position, limit, compressed=compressed)
                 reading.reader.check_header(header)
                 size = header.header_bytes + header.length
                 if position + size > end:
@@ -207,30 +243,53 @@ class Inbox:
                     elif reading.reader.idle:
                         reading = None
                     break
+                if header.rsv and slot in self._inflated and self._is_inflated_full(slot):
+                    deferred = True
+                    if reading.reader.idle:
+                        reading = None
+                    break
                 events = reading.reader.feed(bytes(buffer[position : position + size]))
             except Violation as violation:
-                self._note(slot, table, room, link, inflight, position, reading)
+                self._note(slot, table, room, link, inflight, consumed + position, reading)
                 self.on_violation(slot, violation.code, violation.reason)
                 return
             reading.frames.append((consumed + position, consumed + position + size))
             position += size
-            closed = False
+            closed = waits = False
             for event in events:
                 if type(event) is Message:
-                    if wants:
+                    verdict = NO_ANSWER
+                    if answers is not None:
+                        verdict = self._answer(slot, room, link, answers, event.data, consumed + position)
+                    if verdict == ANSWERED:
+                        answered += 1
+                    elif verdict == WAITS:
+                        waits = True
+                    elif wants:
                         self._dispatch(slot, room, link, consumed + position, event.data)
+                        if event.inflated_bytes:
+                            self._note_inflated(slot, room, link, consumed + position, event.inflated_bytes)
+                    answered += event.inflated_bytes // INFLATED_PER_ANSWER
                 elif type(event) is Ping:
                     self.on_ping(slot, event.payload)
                 elif type(event) is Close:
                     closed = True
-                    self._note(slot, table, room, link, inflight, position, reading)
+                    self._note(slot, table, room, link, inflight, consumed + position, reading)
                     self.on_close_frame(slot, event.code, event.reason)
             if closed:
                 return
+            if waits:
+                # All of the message is read again then, and pings between its fragments are answered again.
+                position, reading, deferred = reading.start - consumed, None, True
+                break
+            if answered and (table.phase[slot] != OPEN or answered >= ANSWERS_PER_PASS):
+                if reading.reader.idle:
+                    reading = None
+                break
             if reading.reader.idle:
                 reading = None
                 if table.last_end[slot] == consumed + position and (
-                    position >= self._inflight_bytes_max or room.inflight_events >= room.events_max
+                    position >= self._inflight_bytes_max or room.inflight_events >= events_max
                 ):
                     deferred = position < end
                     break
@@ -241,8 +300,11 @@ class Inbox:
         if reading is not None and spill is None and consumed + position - reading.start > most:
             reading.frame_start, reading.frame_end = consumed + position, 0
             spill = reading
-        self._note(slot, table, room, link, inflight, position, reading)
-        if spill is not None:
+        self._note(slot, table, room, link, inflight, consumed + position, reading)
+        if answered and (table.phase[slot] != OPEN or answered >= ANSWERS_PER_PASS):
+            flags[slot] |= DEFERRED
+            self.later(0.0, self._resume_numbered, slot, table.number[slot])
+        elif spill is not None:
             self._begin_spill(slot, spill, room, link)
         elif deferred or end == PEEK_BYTES:
             flags[slot] |= DEFERRED
@@ -250,6 +312,49 @@ class Inbox:
             self.on_gone(slot)
         elif position < end or reading is not None:
             self._leave(slot, reading, room, link, consumed + end)
+
+    def _answer(
+        self, slot: int, room: RoomRecord, link: HostLink, answers: Answers, data: str | bytes, end: int
+    ) -> int:
+        """Answer a message that ends at `end`, if there is a rule for it, and take it out of the kernel; but
+        not before everything in front of it is acknowledged (S16). What comes behind it waits, too.
+        """
+        frame = answers.match(data)
+        if frame is None:
+            return NO_ANSWER
+        table = self._connections
+        if table.last_end[slot] > table.consumed[slot]:
+            return WAITS
+        self.on_answer(slot, frame, end)
+        if end > table.consumed[slot]:
+            table.parsed[slot] = end
+            self._consume(slot, end, room, link)
+        return ANSWERED
+
+    # Compressed messages are counted as what they are in the kernel, like all others, and also as what they
+    # are for the host, which may be a thousand times as much (S24).
+
+    def _note_inflated(self, slot: int, room: RoomRecord, link: HostLink, end: int, size: int) -> None:
+        room.inflight_bytes += size
+        link.inflight_bytes += size
+        self._inflated.setdefault(slot, deque()).append((end, size))
+
+    def _is_inflated_full(self, slot: int) -> bool:
+        size: int = sum([each for _, each in self._inflated[slot]])
+        return size >= self._inflight_bytes_max
+
+    def _forget_inflated(self, slot: int, end: int, room: RoomRecord, link: HostLink | None) -> None:
+        """The turns of messages that end up to there are over."""
+        messages = self._inflated.get(slot)
+        if messages is None:
+            return
+        while messages and messages[0][0] <= end:
+            _, size = messages.popleft()
+            room.inflight_bytes -= size
+            if link is not None:
+                link.inflight_bytes -= size
+        if not messages:
+            del self._inflated[slot]
 
     def _leave(
         self, slot: int, reading: Reading | None, room: RoomRecord, link: HostLink, received: int
@@ -264,7 +369,7 @@ class Inbox:
             return
         if self._is_clogged(slot):
             if reading is None:
-                reading = self._readings[slot] = Reading(parsed, room.party.message_bytes_max)
+                reading = self._readings[slot] = self._new_reading(slot, parsed, room)
                 table.flags[slot] |= READER
             reading.frame_start, reading.frame_end = parsed, 0
             self._begin_spill(slot, reading, room, link)
@@ -300,14 +405,14 @@ class Inbox:
         room: RoomRecord,
         link: HostLink,
         inflight: int,
-        position: int,
+        parsed: int,
         reading: Reading | None,
     ) -> None:
         """End of a pass: remember how far it got, count what it dispatched beyond `inflight`, and consume
         what waits for nobody.
         """
         base = table.consumed[slot]
-        parsed = table.parsed[slot] = base + position
+        table.parsed[slot] = parsed
         if reading is None:
             if table.flags[slot] & READER:
                 table.flags[slot] &= ~READER
@@ -319,13 +424,15 @@ class Inbox:
         if dispatched > 0:
             room.inflight_bytes += dispatched - inflight
             link.inflight_bytes += dispatched - inflight
-        elif position:
+        elif parsed > base:
             # Nothing is in flight: control frames, and messages that no hook wants, go at once.
             self._consume(slot, parsed if reading is None else reading.start, room, link)
 
     def _dispatch(self, slot: int, room: RoomRecord, link: HostLink, end: int, data: str | bytes) -> None:
         table = self._connections
         room.inflight_events += 1
+        if room.shares is not None:
+            room.shares[slot] = room.shares.get(slot, 0) + 1
         self.messages += 1
         table.last_end[slot] = end
         states = self.states
@@ -341,6 +448,14 @@ class Inbox:
                 data,
             ]
         )
+
+    def _share(self, slot: int, room: RoomRecord) -> int:
+        """Events of the room in flight up to which this connection may add to them."""
+        shares = room.shares
+        if shares is None:
+            shares = room.shares = {}
+        left = max(room.events_max // SHARE, 1) - shares.get(slot, 0)
+        return min(room.events_max, room.inflight_events + left)
 
     def _defer(self, slot: int, room: RoomRecord, link: HostLink | None) -> None:
         """Leave a connection's data for later: until its own, its room's or its link's next
@@ -366,7 +481,13 @@ class Inbox:
         assert room is not None
         link = self._links.by_shard[room.shard]
         room.inflight_events -= 1
+        if self._inflated:
+            self._forget_inflated(slot, end, room, link)
         flags = table.flags
+        if room.shares is not None:
+            left = room.shares.pop(slot, 1) - 1
+            if left > 0:
+                room.shares[slot] = left
         if end >= table.last_end[slot]:
             target = table.parsed[slot]
             if flags[slot] & PARTIAL:
@@ -382,8 +503,11 @@ class Inbox:
         if target > table.consumed[slot]:
             self._consume(slot, target, room, link)
         if flags[slot] & DEFERRED:
-            flags[slot] &= ~DEFERRED
-            self.pump(slot)
+            if room.waiting and room.shares is not None:
+                room.wait(slot)  # behind those that wait already
+            else:
+                flags[slot] &= ~DEFERRED
+                self.pump(slot)
         if room.waiting:
             self.resume_waiting(room)
         if link is not None and link.waiting:
@@ -457,13 +581,13 @@ class Inbox:
             return
         file.cut(size)
         self._spills.grew(size)
-        reading = self._readings[slot] = Reading(file.start, room.party.message_bytes_max)
+        reading = self._readings[slot] = self._new_reading(slot, file.start, room)
         reading.file = file
         table.flags[slot] |= READER
         position, end = file.start, file.start + size
         while position < end and not reading.complete:
             head = file.read(position, min(end, position + HEADER_BYTES_MAX))
-            header = frame_header(head, 0, len(head))
+            header = self._header(slot, head)
             reading.frame_start, reading.frame_end = position, 0
             if header is None:
                 return
@@ -479,6 +603,14 @@ class Inbox:
                 if type(event) is Close:
                     self.later(0.0, self._close_found, slot, table.number[slot], event)
             reading.complete = any(type(event) is Message for event in events)
+
+    def _new_reading(self, slot: int, start: int, room: RoomRecord) -> Reading:
+        compressed = self._connections.ledger.phase[slot] & WINDOW != 0
+        return Reading(start, room.party.message_bytes_max, compressed=compressed)
+
+    def _header(self, slot: int, head: bytes) -> Header | None:
+        compressed = self._connections.ledger.phase[slot] & WINDOW != 0
+        return frame_header(head, 0, len(head), compressed=compressed)
 
     def _close_found(self, slot: int, number: int, close: Close) -> None:
         if self._connections.holds(slot, number):
@@ -496,8 +628,12 @@ class Inbox:
         the host has said that it has named all of these.
         """
         table = self._connections
-        if table.phase[slot] not in (OPEN, ENDING, CLOSING):
-            return
+        if table.phase[slot] in (OPEN, ENDING, CLOSING):
+            self.settle_answered(slot, end)
+
+    def settle_answered(self, slot: int, end: int) -> None:
+        """The same of a message that a former gateway has answered by itself."""
+        table = self._connections
         room = table.room[slot]
         assert room is not None
         reading = self._readings.get(slot) if table.flags[slot] & READER else None
@@ -516,6 +652,7 @@ class Inbox:
         there.
         """
         table = self._connections
+        self._inflated.pop(slot, None)
         reading = self._readings.get(slot)
         if reading is not None:
             if reading.file is None:
@@ -534,7 +671,11 @@ class Inbox:
 
     def drop(self, slot: int) -> None:
         """The connection has ended."""
+        room = self._connections.room[slot]
+        if room is not None and room.shares is not None:
+            room.shares.pop(slot, None)
         self._drop_reading(slot)
+        self._inflated.pop(slot, None)
         self.states.pop(slot, None)
 
     def discard(self, slot: int) -> tuple[bool, bool]:
@@ -561,7 +702,8 @@ class Inbox:
             position = table.parsed[slot] - table.consumed[slot]
             while position < end:
                 try:
-                    header = frame_header(buffer, position, end)
+                    compressed = table.ledger.phase[slot] & WINDOW != 0
+                    header = frame_header(buffer, position, end, compressed=compressed)
                 except Violation:
                     return False, True
                 if header is None:
@@ -637,14 +779,15 @@ class Inbox:
                 limit = reading.frame_end or reading.frame_start
                 if not reading.frame_end and consumed >= limit:
                     head = file.read(limit, consumed) + bytes(buffer[: min(count, HEADER_BYTES_MAX)])
-                    header = frame_header(head, 0, len(head))
+                    header = self._header(slot, head)
                     if header is None:
                         limit = consumed + count  # the rest of the header is to come
                     else:
                         reading.reader.check_header(header)
                         reading.frame_end = limit = limit + header.header_bytes + header.length
                 count = min(count, limit - consumed)
-                if file.size + count > room.party.message_bytes_max + SPILL_EXTRA_BYTES_MAX:
+                most = wire_bytes_max(room.party.message_bytes_max) + SPILL_EXTRA_BYTES_MAX
+                if file.size + count > most:
                     raise Violation(1008, "too many control frames within one message")
                 try:
                     file.append(memoryview(buffer)[:count])
@@ -679,10 +822,7 @@ class Inbox:
         for event in reading.reader.feed(frame):
             if type(event) is Message:
                 reading.complete = True
-                if room.party.wants_message:
-                    self._dispatch_spilled(slot, reading, room, link, event.data)
-                else:
-                    self._leave_file(slot)
+                self._message_spilled(slot, reading, room, link, event)
                 return True
             if type(event) is Ping:
                 self.on_ping(slot, event.payload)
@@ -693,6 +833,18 @@ class Inbox:
             self._leave_file(slot)  # it was a control frame, and no message has begun
             return True
         return False
+
+    def _message_spilled(
+        self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, message: Message
+    ) -> None:
+        """A message is whole in its file, and nothing before it is in flight: give it to whom it is for."""
+        answers, end = room.answers, reading.frames[-1][1]
+        if answers is not None and self._answer(slot, room, link, answers, message.data, end):
+            self._leave_file(slot)
+        elif room.party.wants_message:
+            self._dispatch_spilled(slot, reading, room, link, message)
+        else:
+            self._leave_file(slot)
 
     def _leave_file(self, slot: int) -> None:
         """What is in the file is done with, and nobody acknowledges it: go on in the kernel, in a later round
@@ -707,25 +859,25 @@ class Inbox:
             self._resume(slot)
 
     def _dispatch_spilled(
-        self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, data: str | bytes
+        self, slot: int, reading: Reading, room: RoomRecord, link: HostLink, message: Message
     ) -> None:
         table = self._connections
         # What is behind the message has been announced by epoll, and is looked at after its acknowledgement.
         table.flags[slot] |= DEFERRED
-        size = table.consumed[slot] - reading.start
+        size = max(table.consumed[slot] - reading.start, message.inflated_bytes)
         reading.dispatched_bytes = size
         room.inflight_bytes += size
         link.inflight_bytes += size
-        self._dispatch(slot, room, link, reading.frames[-1][1], data)
+        self._dispatch(slot, room, link, reading.frames[-1][1], message.data)
 
     def _deliver_spilled(self, slot: int, reading: Reading, room: RoomRecord, link: HostLink) -> None:
         """To the next host, once more: the message is read from its file."""
         assert reading.file is not None
-        reader = MessageReader(room.party.message_bytes_max)
+        reader = self._new_reading(slot, reading.start, room).reader
         for start, end in reading.frames:
             for event in reader.feed(reading.file.read(start, end)):
                 if type(event) is Message:
-                    self._dispatch_spilled(slot, reading, room, link, event.data)
+                    self._message_spilled(slot, reading, room, link, event)
 
     def _drop_reading(self, slot: int) -> None:
         flags = self._connections.flags

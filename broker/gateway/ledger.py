@@ -23,6 +23,12 @@ Invariants:
     G3  an effect is begun only when the cursor stands on it, and the cursor never goes back
     G4  a host's message is in the journal from before its first effect until after its last, and then counts
         as executed
+    G5  a frame that another gateway might make in another way, since it is compressed, is in the log before
+        any of it is sent
+    G6  an automatic response, and where the message ends that it answers, are in the log before the one is
+        sent and the other consumed
+    G7  while the header says that the gateway rests, no effect is in doubt and no socket is touched:
+        `consumed[slot]` is what was taken from the socket and `before[slot]` what was given to it
 """
 
 import mmap
@@ -32,10 +38,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Final, NamedTuple, Self
 from weakref import finalize
 
+from cbor2 import dumps
+
 from storage.errors import BrokerError
 
 #: Version of the layout, and a sign that it is one of ours.
-LAYOUT: Final = 0x6C65646765720001
+LAYOUT: Final = 0x6C65646765720002
 #: Hosts and shards that the header has room for (storage.directory.SHARD_COUNT_MAX).
 HOSTS_MAX: Final = 1024
 SHARDS_MAX: Final = 1024
@@ -45,6 +53,8 @@ _LAYOUT, _CAPACITY, EPOCH, HIGH, CURSOR = 0, 1, 2, 3, 4  # EPOCH: how many gatew
 _JOURNAL_BASE, _JOURNAL_LENGTH, _JOURNAL_HOST, _JOURNAL_SEQUENCE = 5, 6, 7, 8
 _LOG, _LOG_LENGTH = 9, 10  # which log is in use; its length, and behind it the other's
 NUMBER: Final = 12  # the highest that any connection was given
+ANSWERS: Final = 13  # not 0: some connection may have a time in `answered`
+_RESTS: Final = 14
 _INCARNATION = 16
 _EXECUTED = _INCARNATION + HOSTS_MAX
 _DONE = _EXECUTED + HOSTS_MAX
@@ -53,7 +63,7 @@ _HEADER_WORDS: Final = _GENERATION + SHARDS_MAX
 #: Bits of the cursor that count the steps of one item; those above count the items.
 STEP_BITS: Final = 32
 #: Columns of eight bytes for each slot; beside them there is one of a byte.
-_WIDE_COLUMNS: Final = 6
+_WIDE_COLUMNS: Final = 7
 
 #: Size of a log, and of the journal, at first; and to which an emptied log is cut back.
 PIECE_BYTES: Final = 256 * 1024
@@ -75,10 +85,16 @@ CLEARED: Final = 7  # 1: nothing more may be added; -: the outbox is empty
 STATE: Final = 8  # 1: there is one, 0: none; the state's CBOR
 TAGS: Final = 9  # -; tags blob
 FORGOTTEN: Final = 10  # -; -: the connection's row has to go
+ANSWERED: Final = 11  # as KEPT, never shared; ANSWER_HEAD, then the frame: an automatic response
+ENCODED: Final = 12  # effect; the frame that it sends to those whose window has so many bits (slot)
+RULES: Final = 13  # 1: there are some, 0: none; key of a room and its rules as the registry has them, as CBOR
 
 #: Of a kept frame: its ordinal, the effect that sent it (0: none), the ordinal of the shared frame (0: it
 #: follows).
 KEPT_HEAD: Final = struct.Struct("<QQQ")
+
+#: Of an automatic response: its ordinal, and where the message ends that it answers.
+ANSWER_HEAD: Final = struct.Struct("<QQ")
 
 _RECORD: Final = struct.Struct("<IIQQB")
 
@@ -91,6 +107,11 @@ class Record(NamedTuple):
     number: int
     position: int
     payload: bytes
+
+
+def rules_record(key: str, rules: bytes | None) -> Record:
+    """What a room has set and the registry may not hold yet; None: it has no rules any more."""
+    return Record(RULES, 0, 0, rules is not None, dumps((key, rules)))
 
 
 class LedgerMismatch(BrokerError):
@@ -116,6 +137,7 @@ class Ledger:
         "_logs",
         "_rewrite_at",
         "_tail",
+        "answered",
         "base",
         "before",
         "capacity",
@@ -149,6 +171,8 @@ class Ledger:
         #: are done with.
         self.base, self.consumed = columns[2], columns[3]
         self.before, self.mark = columns[4], columns[5]
+        #: When the gateway last answered by itself, in milliseconds since 1970; 0: never.
+        self.answered = columns[6]
         self.phase = memoryview(ledger)[start : start + capacity]
         self._journal = mmap.mmap(descriptors["journal"], 0)
         self._logs = [mmap.mmap(descriptors["log-a"], 0), mmap.mmap(descriptors["log-b"], 0)]
@@ -243,6 +267,19 @@ class Ledger:
         header = self.header
         cursor = header[CURSOR]
         return cursor if header[_JOURNAL_LENGTH] and cursor != header[_JOURNAL_BASE] else 0
+
+    def rest(self, written: memoryview) -> None:
+        """The gateway has stopped, on purpose and between two effects, and has given each socket so many
+        bytes of its stream (of 8-byte words, one for each slot in use).
+        """
+        self.before[: len(written)] = written
+        self.header[_RESTS] = 1
+
+    def wake(self) -> bool:
+        """Somebody goes on. Gives whether the gateway before rested, so that the kernel need not be asked."""
+        rested = bool(self.header[_RESTS])
+        self.header[_RESTS] = 0
+        return rested
 
     @property
     def next_item(self) -> int:

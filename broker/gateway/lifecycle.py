@@ -16,7 +16,8 @@ Invariants:
     F2  each connection whose 101 went out, and whose party wants it, has exactly one close turn, after its
         last message's
     F3  the socket is open as long as a turn of one of its messages may have to be run again
-    F4  a Close of ours, and with it how the connection ends, is in the ledger's log before it is sent
+    F4  how a connection ends is in the ledger's log before a Close of ours is sent, and before anything is
+        kept from it because its client has gone: so no successor sends again, behind a gap
 """
 
 import contextlib
@@ -43,6 +44,7 @@ from broker.gateway.connections import (
     GONE,
     INTRODUCED,
     OPEN,
+    PHASE,
     PINGED,
     STORING,
     Connections,
@@ -50,8 +52,8 @@ from broker.gateway.connections import (
 from broker.gateway.frames import encode_close, encode_ping, encode_pong
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT, EPOLLPRI, Hub
 from broker.gateway.inbox import Inbox
+from broker.gateway.ledger import ANSWERS, FORGOTTEN, NEWCOMER, STATE, TAGS, Record, rules_record
 from broker.gateway.ledger import ENDING as ENDING_RECORD
-from broker.gateway.ledger import FORGOTTEN, NEWCOMER, STATE, TAGS, Record
 from broker.gateway.links import HostLink, Links
 from broker.gateway.outbox import SLOW, Sender
 from broker.gateway.recovery import Position, Remains, cookie, position
@@ -63,6 +65,8 @@ from storage.registry import RegistryBatch, Row
 
 #: Causes of an end after which nothing reaches the client.
 UNREACHABLE: Final = frozenset({"client_gone", "ping_timeout"})
+#: Why a connection has ended that we have closed with these codes; with others it is a fault of protocol.
+_CAUSES: Final = {1008: "limit", 1009: "too_big"}
 #: Each connection is looked at once in so many seconds, in so many parts a second, unless they are few.
 SWEEP_SECONDS: Final = 5
 SWEEP_PARTS: Final = 10
@@ -154,6 +158,8 @@ class Lifecycle:
         self.reopened = False
         self.draining = False
         self.accepted = 0
+        #: Automatic responses that were given.
+        self.answers = 0
         self._going_in: list[tuple[int, Position]] = []
         #: Connections whose outgoing stream nobody could mend after a gateway's death.
         self.torn = 0
@@ -161,6 +167,7 @@ class Lifecycle:
         # Set by the doors: what becomes of a newcomer whose id was taken, when the other lives or is dead.
         self.on_duplicate: Callable[[int], None]
         self.on_vacant: Callable[[int], None]
+        inbox.on_answer = self.answer
         inbox.on_ping = self.ping_came
         inbox.on_close_frame = self.close_frame_came
         inbox.on_violation = self.violated
@@ -265,6 +272,12 @@ class Lifecycle:
         self._ledger.commit()
         party, _, room_id = room.key.partition("/")
         self.batch.tags(number, party, room_id, wire.blob_tags(blob))
+
+    def keep_rules(self, key: str, rules: bytes | None) -> None:
+        """A room has changed its automatic responses; as the registry has them, None: none are left."""
+        self._ledger.add(*rules_record(key, rules))
+        self._ledger.commit()
+        self.batch.auto_responses[key] = rules
 
     def committed(self, stored: list[tuple[int, int]]) -> None:
         """Rows are on disk: answer 101, and let the connect turns begin."""
@@ -414,6 +427,16 @@ class Lifecycle:
         if self._sender.waiting_bytes(slot) < 64 * 1024:
             self._sender.say(slot, encode_pong(payload))
 
+    def answer(self, slot: int, frame: bytes, end: int) -> None:
+        """Send the automatic response to the message that ends at `end`; nothing before it is in flight
+        (S16).
+        """
+        self.answers += 1
+        ledger = self._ledger
+        ledger.header[ANSWERS] = 1
+        ledger.answered[slot] = int(time() * 1000)
+        self._sender.say(slot, frame, end)
+
     def close_frame_came(self, slot: int, code: int, reason: str) -> None:
         """The peer's Close: answered when the turns before it are acknowledged (S14)."""
         self._end(slot, Ending(code, reason, True, "client_close"))
@@ -422,7 +445,7 @@ class Lifecycle:
         """The peer broke the protocol, or sent too much: say so at once, and end (RFC 6455, section
         7.1.7).
         """
-        cause = "too_big" if code == 1009 else "protocol_error"
+        cause = _CAUSES.get(code, "protocol_error")
         phase = self._connections.phase[slot]
         if phase in (FREE, CLOSED):
             return
@@ -439,9 +462,16 @@ class Lifecycle:
     def gone(self, slot: int) -> None:
         """The peer has ended its side without a Close, or the connection has failed."""
         if self._connections.phase[slot] in (OPEN, CONNECTING):
-            self._end(slot, Ending(1006, "", False, "client_gone", answered=True))
+            self._lost(slot, "client_gone")
         elif self._connections.phase[slot] == CLOSING:
             self._end(slot, self._endings[slot])
+
+    def _lost(self, slot: int, cause: str) -> None:
+        """From here on nothing is sent to the connection (F4)."""
+        ending = Ending(1006, "", False, cause, answered=True)
+        self._ledger.add(ENDING_RECORD, slot, self._connections.number[slot], ENDING, ending.encode())
+        self._ledger.commit()
+        self._end(slot, ending)
 
     def failed(self, slot: int, cause: str) -> None:
         """Sending does not work: the client has gone, or reads too slowly (S25).
@@ -631,6 +661,11 @@ class Lifecycle:
         else:
             self._end_again(slot)
 
+    def has_ended(self, slot: int) -> bool:
+        """Whether nothing may be sent to the connection any more, though its turns may have to run again."""
+        ending = self._endings.get(slot)
+        return ending is not None and ending.answered
+
     def _end_again(self, slot: int) -> None:
         """A connection that was ending when its host died has been read again up to there."""
         table = self._connections
@@ -697,6 +732,7 @@ class Lifecycle:
             if room.shard in shards:
                 room.inflight_events = 0
                 room.inflight_bytes = 0
+                room.shares = None
                 room.waiting = None
         for slot in range(len(table)):
             room_of_slot = table.room[slot]
@@ -770,7 +806,7 @@ class Lifecycle:
                 if slot not in self._probes:
                     flags[slot] &= ~PINGED
             elif age >= dead:
-                self._end(slot, Ending(1006, "", False, "ping_timeout", answered=True))
+                self._lost(slot, "ping_timeout")
 
     def _has_acknowledged(self, slot: int) -> bool:
         """Whether the peer's TCP has taken all that we sent, our ping included."""
@@ -830,7 +866,7 @@ class Lifecycle:
         here = position(sock, ledger.base[slot] + ledger.consumed[slot])
         blob = remains.tags.get(number)
         card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags) if blob is None else blob)
-        phase, introduced = ledger.phase[slot] & ~INTRODUCED, ledger.phase[slot] & INTRODUCED
+        phase, introduced = ledger.phase[slot] & PHASE, ledger.phase[slot] & INTRODUCED
         table.take_over(slot, sock, room, card, self._hub.second)
         table.written[slot] = here.written
         self._take_position(slot, here)
@@ -841,10 +877,7 @@ class Lifecycle:
         table.address[slot] = self.addresses.enter(row.address)
         table.flags[slot] = (DEFERRED if here.unread else 0) | (GONE if here.ended else 0)
         if phase == OPEN and introduced and number not in remains.numbers:  # as nearly all are
-            table.phase[slot] = OPEN
-            self._rooms.link(slot)
-            self._inbox.adopt_spill(slot)
-            self._hub.park(sock.fileno())
+            self._go_on(slot, sock)
             return
         self._stage_again(row, remains)
         newcomer = None if introduced else remains.newcomers.get(number)
@@ -857,6 +890,9 @@ class Lifecycle:
             return
         self._rooms.link(slot)
         self._inbox.adopt_spill(slot)
+        answered = remains.answered.get(number)
+        if answered is not None:
+            self._inbox.settle_answered(slot, answered)
         self._hub.park(sock.fileno())
         frames, offset, torn = remains.pending(number, here.written)
         if frames or number in remains.shut:
@@ -881,6 +917,28 @@ class Lifecycle:
         self._hub.after(self._close_seconds, self._close_timeout, slot, number)
         if phase != OPEN:
             self._hub.after(0, self._failed, slot, number)
+
+    def adopt_resting(self, slot: int, sock: socket.socket, row: Row, room: RoomRecord) -> None:
+        """Take over an open connection of a gateway that rests (G7), and of which the log says nothing. What
+        is unread, and whether the peer has ended, is reported when the socket is parked.
+        """
+        table, ledger = self._connections, self._ledger
+        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
+        table.take_over(slot, sock, room, card, self._hub.second)
+        table.written[slot] = ledger.before[slot]
+        table.parsed[slot] = table.last_end[slot] = ledger.consumed[slot]
+        if row.state is not None:
+            self._inbox.states[slot] = row.state
+        table.index(slot, row.id)
+        table.address[slot] = self.addresses.enter(row.address)
+        self._go_on(slot, sock)
+
+    def _go_on(self, slot: int, sock: socket.socket) -> None:
+        """Read an adopted connection on."""
+        self._connections.phase[slot] = OPEN
+        self._rooms.link(slot)
+        self._inbox.adopt_spill(slot)
+        self._hub.park(sock.fileno())
 
     def _take_position(self, slot: int, here: Position) -> None:
         """Where the turns of the connection's messages have come to, as the kernel tells."""

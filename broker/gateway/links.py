@@ -123,7 +123,8 @@ class HostLink:
         self._write(self.link.pack(items, self._known))
 
     def acknowledge(self) -> None:
-        """Say what has arrived, if nothing else has said it."""
+        """Say what has arrived, if nothing else has said it; behind the items that may be older than that."""
+        self.flush()
         short = self.link.acknowledgement()
         if short is not None:
             self._write(short)

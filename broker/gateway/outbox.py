@@ -6,8 +6,8 @@ a connection ends; it reports a slow consumer or a broken socket to `on_fault`.
 
 A successor has to know of each frame whether it was sent, to the byte. What the kernel has taken it asks the
 kernel; what waits is in the ledger's log before anything else happens. Of the frame in between, its effect
-and its place in the stream are in the ledger's columns before it is sent. Control frames belong to no effect:
-they are in the log first.
+and its place in the stream are in the ledger's columns before it is sent. Control frames and automatic
+responses belong to no effect: they are in the log first.
 
 Invariants:
     O1  a connection without an outbox has nothing waiting: what is sent to it goes to the kernel at once
@@ -23,7 +23,16 @@ from typing import Final
 
 from broker.gateway.connections import Connections
 from broker.gateway.frames import encode_close
-from broker.gateway.ledger import CLEARED, DROPPED, FRAME, KEPT, KEPT_HEAD, Record
+from broker.gateway.ledger import (
+    ANSWER_HEAD,
+    ANSWERED,
+    CLEARED,
+    DROPPED,
+    FRAME,
+    KEPT,
+    KEPT_HEAD,
+    Record,
+)
 from hibernation.settings import Settings
 
 #: Why `on_fault` is called.
@@ -119,9 +128,11 @@ class Sender:
                 self._left(slot, frame, count, shared=True)
         self.sent += len(slots)
 
-    def say(self, slot: int, frame: bytes) -> None:
-        """Send a control frame: it belongs to no effect, and is committed to the log with what was added
-        before.
+    def say(self, slot: int, frame: bytes, answered: int = 0) -> None:
+        """Send a frame that belongs to no effect: it is committed to the log with what was added before.
+
+        `answered`: it is an automatic response, to the message that ends there. The record of the frame is
+        also what tells a successor that this message is done with.
         """
         table = self._connections
         before = table.written[slot]
@@ -131,12 +142,12 @@ class Sender:
                 self._ledger.commit()
                 self.dropped += 1
                 return
-            self._add(slot, outbox, frame)
+            self._add(slot, outbox, frame, answered=answered)
             self._bound(slot)
             self._ledger.commit()
             return
         self._ordinal += 1
-        self._log(slot, before, self._ordinal, 0, frame)
+        self._log(slot, before, self._ordinal, 0, frame, answered=answered)
         self._ledger.commit()
         try:
             count = table.sockets[slot].send(frame)  # type: ignore[union-attr]
@@ -313,21 +324,33 @@ class Sender:
         sent: int = 0,
         *,
         shared: bool = False,
+        answered: int = 0,
     ) -> None:
         """Put a frame into the outbox and the log; of the first one `sent` bytes are in the kernel."""
         self._ordinal = ordinal = self._ordinal + 1
         position = self._connections.written[slot] + outbox.bytes - sent
-        self._log(slot, position, ordinal, effect, frame, shared=shared)
+        self._log(slot, position, ordinal, effect, frame, shared=shared, answered=answered)
         outbox.frames.append((ordinal, frame))
         if sent:
             outbox.offset = sent
         self._count(outbox, len(frame) - sent)
 
     def _log(
-        self, slot: int, position: int, ordinal: int, effect: int, frame: bytes, *, shared: bool = False
+        self,
+        slot: int,
+        position: int,
+        ordinal: int,
+        effect: int,
+        frame: bytes,
+        *,
+        shared: bool = False,
+        answered: int = 0,
     ) -> None:
         ledger = self._ledger
         number = self._connections.number[slot]
+        if answered:
+            ledger.add(ANSWERED, slot, number, position, ANSWER_HEAD.pack(ordinal, answered) + frame)
+            return
         if not shared:
             ledger.add(KEPT, slot, number, position, KEPT_HEAD.pack(ordinal, effect, 0) + frame)
             return

@@ -8,6 +8,8 @@ Owns `PartyView`. Runs no user code and imports none: a class never comes here, 
 from dataclasses import dataclass, replace
 from typing import Any
 
+from broker.gateway.answers import Answers
+from hibernation.auto_responses import Rule, from_plain
 from hibernation.settings import Settings
 
 
@@ -18,6 +20,7 @@ class PartyView:
     name: str
     settings: Settings
     hibernate: bool
+    overlaps: bool
     subprotocols: tuple[str, ...]
     cors: tuple[tuple[str, str], ...] | None
     wants_before_connect: bool
@@ -27,6 +30,8 @@ class PartyView:
     wants_request: bool
     wants_fetch: bool
     message_bytes_max: int
+    auto_responses: tuple[Rule, ...]
+    answers: Answers | None
 
     @classmethod
     def from_description(cls, description: dict[str, Any], base: Settings) -> "PartyView":
@@ -34,10 +39,12 @@ class PartyView:
         hooks = frozenset(description["hooks"])
         cors = description["cors"]
         settings = base.override(description["settings"])
+        rules = from_plain(description.get("auto_responses", ()))
         return cls(
             name=description["name"],
             settings=settings,
             hibernate=description["hibernate"],
+            overlaps=description.get("concurrency", "serial") != "serial",
             subprotocols=tuple(description["subprotocols"]),
             cors=None if cors is None else tuple((name, value) for name, value in cors),
             wants_before_connect="on_before_connect" in hooks,
@@ -47,6 +54,8 @@ class PartyView:
             wants_request="on_request" in hooks,
             wants_fetch="on_fetch" in hooks,
             message_bytes_max=settings.message_bytes_max,
+            auto_responses=rules,
+            answers=Answers(rules) if rules else None,
         )
 
     @classmethod
@@ -67,6 +76,8 @@ class PartyView:
             wants_close=False,
             wants_request=False,
             wants_fetch=False,
+            auto_responses=(),
+            answers=None,
         )
 
 

@@ -15,8 +15,11 @@ from typing import Any, Final, NamedTuple
 from cbor2 import loads
 
 from broker.gateway.ledger import (
+    ANSWER_HEAD,
+    ANSWERED,
     CLEARED,
     DROPPED,
+    ENCODED,
     ENDING,
     FORGOTTEN,
     FRAME,
@@ -24,6 +27,7 @@ from broker.gateway.ledger import (
     KEPT_HEAD,
     NEWCOMER,
     PARTIES,
+    RULES,
     STATE,
     TAGS,
     Record,
@@ -124,13 +128,23 @@ class Remains:
         self.states: dict[int, bytes | None] = {}
         self.tags: dict[int, bytes] = {}
         self.forgotten: set[int] = set()
+        #: Messages up to there have been answered by a gateway itself.
+        self.answered: dict[int, int] = {}
+        #: By effect and bits of the window: the frame that it sends compressed.
+        self.encoded: dict[tuple[int, int], bytes] = {}
+        #: What rooms have set, by the rooms' keys.
+        self.rules: dict[str, bytes | None] = {}
         #: The newest effect of each connection that has a frame among the kept.
         self.effects: dict[int, int] = {}
         frames: dict[int, bytes] = {}
-        for kind, _slot, number, where, payload in records:
+        for kind, slot, number, where, payload in records:
             self.numbers.add(number)
             if kind == KEPT:
                 self._keep(number, where, payload, frames)
+            elif kind == ANSWERED:
+                ordinal, self.answered[number] = ANSWER_HEAD.unpack_from(payload)
+                kept = Kept(where, ordinal, 0, payload[ANSWER_HEAD.size :])
+                self.kept.setdefault(number, []).append(kept)
             elif kind == FRAME:
                 frames[where] = payload
             elif kind == STATE:
@@ -151,6 +165,11 @@ class Remains:
                     self.shut.add(number)
             elif kind == FORGOTTEN:
                 self.forgotten.add(number)
+            elif kind == ENCODED:
+                self.encoded[where, slot] = payload
+            elif kind == RULES:
+                key, rules = loads(payload)
+                self.rules[key] = rules
             elif kind == PARTIES:
                 self.parties = loads(payload)
 

@@ -6,14 +6,16 @@ and the answers to questions by tag and id. Must not do I/O. Peers: `connections
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from broker.gateway.connections import NONE, Connections
 from broker.gateway.tags import TagIndex
+from hibernation.auto_responses import Rule
 from hibernation.wire import retag_card, tag_mark
 
 if TYPE_CHECKING:
+    from broker.gateway.answers import Answers, RoomRules
     from broker.gateway.parties import PartyView
 
 #: Members up to which a filter scans them all, instead of keeping an index of their tags.
@@ -28,6 +30,7 @@ class RoomRecord:
     """One room with connections, or with events on their way."""
 
     __slots__ = (
+        "answers",
         "arriving",
         "bytes_max",
         "count",
@@ -38,8 +41,10 @@ class RoomRecord:
         "inflight_events",
         "key",
         "last",
+        "own_answers",
         "party",
         "shard",
+        "shares",
         "tags",
         "waiting",
     )
@@ -48,6 +53,10 @@ class RoomRecord:
         self.key = key
         self.party = party
         self.shard = shard
+        #: What is answered without it (S16), None mostly; and of that what the room itself has set, None as
+        #: long as nobody has looked.
+        self.answers: Answers | None = party.answers
+        self.own_answers: Sequence[Rule] | None = None
         self.events_max = party.settings.room_inflight_events_max
         self.bytes_max = party.settings.room_inflight_bytes_max
         self.first = NONE
@@ -60,6 +69,9 @@ class RoomRecord:
         #: Events given to the host and not acknowledged, and the bytes of their frames (S24).
         self.inflight_events = 0
         self.inflight_bytes = 0
+        #: By slot: events in flight, in a room whose turns may overlap; there one connection's must not take
+        #: all the room that there is.
+        self.shares: dict[int, int] | None = None
         #: Slots that have data which had to wait for either; None mostly.
         self.waiting: deque[int] | None = None
         #: Made by the first question about tags while there are more than SCANNED_MAX members.
@@ -75,12 +87,33 @@ class RoomRecord:
 class Rooms:
     """All of them, by key."""
 
-    __slots__ = ("_connections", "_scanned_max", "by_key")
+    __slots__ = ("_connections", "_rules", "_scanned_max", "by_key")
 
-    def __init__(self, connections: Connections, scanned_max: int = SCANNED_MAX) -> None:
+    def __init__(
+        self, connections: Connections, scanned_max: int = SCANNED_MAX, rules: "RoomRules | None" = None
+    ) -> None:
         self._connections = connections
+        self._rules = rules
         self._scanned_max = scanned_max
         self.by_key: dict[str, RoomRecord] = {}
+
+    def record(self, key: str, party: "PartyView", shard: int) -> RoomRecord:
+        """The record of a room, made if need be."""
+        room = self.by_key.get(key)
+        if room is None:
+            room = self.by_key[key] = RoomRecord(key, party, shard)
+            if self._rules is not None:
+                self._rules.apply(room)
+        return room
+
+    def know(self, parties: "Mapping[str, PartyView]") -> None:
+        """These are the parties now."""
+        for room in self.by_key.values():
+            room.party = parties.get(room.party.name) or room.party.without_hooks()
+            if self._rules is not None:
+                self._rules.apply(room)
+            else:
+                room.answers = room.party.answers
 
     def link(self, slot: int) -> None:
         """Append a connection to its room's members."""

@@ -18,7 +18,7 @@ before anything else does.
 import socket
 from collections.abc import Callable
 
-from broker.gateway.connections import CLOSED, INTRODUCED, Connections
+from broker.gateway.connections import CLOSED, INTRODUCED, OPEN, PHASE, WINDOW, Connections
 from broker.gateway.effects import Effects
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH
@@ -53,6 +53,7 @@ class Succession:
         self._effects = effects
         self._remains = remains
         self._room_of = room_of
+        self._rested = False
 
     def take_over(self, rows: list[Row], sockets: dict[int, socket.socket]) -> list[Row]:
         """Do all of it.
@@ -65,8 +66,10 @@ class Succession:
             Rows that have no slot: their clients were cut off.
         """
         table, ledger = self._connections, self._ledger
+        self._rested = ledger.wake()
         table.restore()
         effect = ledger.in_doubt
+        self._effects.restore_rules(self._remains.rules)
         by_number = {row.number: row for row in rows}
         for number in self._remains.forgotten:
             if by_number.pop(number, None) is not None:
@@ -78,7 +81,7 @@ class Succession:
         for slot in list(sockets):
             self._end(slot, sockets)
         self._inbox.forget_spills()
-        self._effects.resume()
+        self._effects.resume(self._remains.encoded)
         for slot in self._sender.settle():
             log.error("a torn frame could not be mended", number=table.number[slot])
             self._lifecycle.torn += 1
@@ -90,6 +93,16 @@ class Succession:
         """Go on with one slot; `effect` is the one in doubt, or 0."""
         ledger = self._ledger
         sock = sockets.get(slot)
+        if (
+            self._rested
+            and sock is not None
+            and row is not None
+            and ledger.phase[slot] & ~WINDOW == OPEN | INTRODUCED
+            and row.number not in self._remains.numbers
+        ):
+            del sockets[slot]
+            self._lifecycle.adopt_resting(slot, sock, row, self._room_of(row))
+            return
         if sock is not None and cookie(sock) != ledger.cookie[slot]:
             # The connection that had the slot before: the one that has it now did not get as far as the
             # keeper.
@@ -97,7 +110,7 @@ class Succession:
             sock = None
         if row is None:
             self._connections.abandon(slot)
-        elif sock is None or ledger.phase[slot] & ~INTRODUCED == CLOSED:
+        elif sock is None or ledger.phase[slot] & PHASE == CLOSED:
             self._lifecycle.survived(row, self._room_of(row), self._remains, slot)
         else:
             del sockets[slot]

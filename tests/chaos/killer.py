@@ -2,10 +2,12 @@
 
 Owns the order and the times of the misfortunes, and the lines of `killer.jsonl`. A moment is random in every
 respect: which process, how long after the last one, during whatever the broker is doing; a part of the kills
-comes within 0.3 s of the one before, which is during its recovery, and some hit two at once. Everything comes
-from one seed. Gateway and keeper are never killed together, nor one before the other holds again what both
-should: a socket that both have lost is lost, and nobody promises otherwise. A supervisor that was killed is
-started again at once by `broker serve`; the rest is the broker's own business. Peers: `instance`, `history`.
+comes within 0.3 s of the one before, which is during its recovery, and some hit two at once. A process that
+is not there when its turn comes dies as soon as it is. Of several kinds, those that were killed less often
+come more often, so that all get to the same number. Everything comes from one seed. Gateway and keeper are
+never killed together, nor one before the other holds again what both should: a socket that both have lost is
+lost, and nobody promises otherwise. A supervisor that was killed is started again at once by `broker serve`;
+the rest is the broker's own business. Peers: `instance`, `history`.
 """
 
 import contextlib
@@ -65,6 +67,8 @@ class Killer:
         self._commands: list[tuple[str, subprocess.Popen[bytes]]] = []
         self._starting = False
         self._starts_failed = 0
+        #: The kinds to kill once there is such a process again.
+        self._owed: set[str] = set()
         #: The kinds of those killed since gateway and keeper were last seen to hold the same sockets.
         self._exposed: set[str] = set()
 
@@ -88,6 +92,9 @@ class Killer:
                         break
                     self._kill(kinds, log)
                     next_kill = time.monotonic() + self._gap()
+                for kind in list(self._owed):
+                    if not self._spared(kind):
+                        self._kill_one(kind, log)
                 if plan.commands and now >= next_command:
                     name = chance.choice(plan.commands)
                     self._commands.append((name, self._instance.command(name)))
@@ -121,7 +128,8 @@ class Killer:
         chance = self._chance
         if self._plan.wait:
             self._wait(log)
-        victims = [chance.choice(kinds)]
+        counts = [self._plan.counts[kind] for kind in kinds]
+        victims = chance.choices(kinds, [1 + max(counts) - count for count in counts])
         if len(kinds) > 1 and chance.random() < self._plan.pairs:
             victims = chance.sample(list(kinds), 2)
         for kind in victims:
@@ -130,15 +138,19 @@ class Killer:
                 if not others:
                     continue
                 kind = chance.choice(others)
-            pids = [pid for pid in self._instance.pids(kind) if alive(pid)]
-            if not pids:
-                self._plan.counts[f"no {kind} there"] += 1
-                continue
-            pid = chance.choice(pids)
-            with contextlib.suppress(ProcessLookupError):
-                log.add("killer", "", "", pid, f"kill {kind}")
-                os.kill(pid, signal.SIGKILL)
-                self._plan.counts[kind] += 1
+            self._kill_one(kind, log)
+
+    def _kill_one(self, kind: str, log: Log) -> None:
+        pids = [pid for pid in self._instance.pids(kind) if alive(pid)]
+        if not pids:
+            self._owed.add(kind)
+            return
+        self._owed.discard(kind)
+        pid = self._chance.choice(pids)
+        with contextlib.suppress(ProcessLookupError):
+            log.add("killer", "", "", pid, f"kill {kind}")
+            os.kill(pid, signal.SIGKILL)
+            self._plan.counts[kind] += 1
 
     def _spared(self, kind: str) -> bool:
         """Whether the death of one of this kind would now cost sockets."""

@@ -30,10 +30,15 @@ def sweep(tmp_path_factory):
         yield sweep
 
 
+@pytest.fixture(scope="module")
+def events():
+    """What every test of this module adds its history to."""
+    return []
+
+
 @pytest.mark.parametrize("process", POINTS)
-def test_a_death_at_a_system_call_is_not_noticed(sweep, process):
+def test_a_death_at_a_system_call_is_not_noticed(sweep, events, process):
     kills = 0
-    events = []
     for call, numbers in POINTS[process].items():
         for number in numbers:
             result = sweep.run(Point(process, call, number))
@@ -44,4 +49,10 @@ def test_a_death_at_a_system_call_is_not_noticed(sweep, process):
             kills += result.killed
             events += result.events
     assert kills >= 3
+
+
+def test_the_checker_finds_planted_faults_in_what_was_recorded(events):
+    # In all of it: the scenarios of one process alone are too few to hold a place for each kind of fault.
+    if not events:
+        pytest.skip("the tests before did not run")
     assert prove_checker(events, seed=1) == []

@@ -7,6 +7,7 @@ all others are kept in a folder of their own, since saving them beside the app w
 """
 
 import doctest
+import os
 import re
 import shlex
 import subprocess
@@ -100,7 +101,13 @@ class Reader:
 
 def _run(command: list[str], folder: Path) -> str:
     result = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=3 * DEADLINE_SECONDS, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},  # programs import the broker that is tested
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE_SECONDS,
+        check=False,
     )
     return result.stdout + result.stderr
 

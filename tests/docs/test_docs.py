@@ -188,8 +188,7 @@ def test_every_cause_is_described() -> None:
     assert listed is not None
     causes = set(re.findall(r"[a-z_]+", listed[1])) - {"or"}
     described = first_cells(section(page("close-codes.md"), "## Causes"))
-    # Nothing ends a connection for a limit in this version.
-    assert described == causes - {"limit"}
+    assert described == causes
     assert described <= constants
 
 

@@ -235,7 +235,7 @@ def test_a_million_fragments(instance, room, size):
         assert client.expect_close()[0] == 1008
         client.sock.shutdown(2)
         thread.join()
-    assert instance.closed(room) == (1008, "protocol_error")
+    assert instance.closed(room) == (1008, "limit")
     assert memory_bytes(instance.pids[0]) - before < 8 * 1024 * 1024
 
 

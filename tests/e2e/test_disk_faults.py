@@ -167,7 +167,8 @@ class TestFullDisk:
             disk.leave(free)
             with RawClient(site.port) as newcomer:
                 newcomer.send_handshake("/party/room")
-                assert newcomer.receive_answer().status == 503
+                answer = newcomer.receive_answer()
+            assert (answer.status, answer.headers.get("retry-after")) == (503, "1")
             assert site.stats()["connections"] == 1
             disk.give_back()
             with site.connect("/party/room") as newcomer:

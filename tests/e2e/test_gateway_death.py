@@ -5,6 +5,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import time
 import urllib.request
@@ -394,3 +395,46 @@ def test_hosts_hold_no_sockets(broker_: BrokerProcess) -> None:
 
 
 __all__ = ["TEXT"]
+
+
+WAITING = """
+    import trio
+    from pathlib import Path
+    from broker import Server
+
+    FOLDER = Path(__file__).parent
+
+    class Main(Server):
+        async def on_message(self, message, sender):
+            while (FOLDER / "hold").exists():
+                await trio.sleep(0.01)
+            if message == "write":
+                with (FOLDER / "ran").open("a") as file:
+                    file.write("x")
+                self.room.storage.put("k", await self.room.storage.get("k", 0) + 1)
+            sender.send(f"{message} {await self.room.storage.get('k')}")
+"""
+
+
+def test_a_turn_whose_commit_waits_for_the_gateway_has_ended_all_the_same(broker: BrokerFactory) -> None:
+    """H7, H8: its connection has said something that nobody has acknowledged, so it is not on disk; it is
+    when the next gateway has that, and does not run again.
+    """
+    site = broker(WAITING, hang_timeout=60)
+    hold, ran = site.folder / "hold", site.folder / "ran"
+    hold.touch()
+    with site.connect() as client:
+        client.send("read")
+        client.send("write")
+        client.send("read")
+        eventually(lambda: site.ask("explain", party="main", room="room")["in_flight"] == 3, "them in flight")
+        eventually(lambda: site.ask("explain", party="main", room="room")["waiting"] == 2, "them at the host")
+        gateway = site.gateway_pid()
+        os.kill(gateway, signal.SIGSTOP)
+        hold.unlink()
+        eventually(ran.exists, "the turn")
+        os.kill(gateway, signal.SIGKILL)
+        assert [client.receive() for _ in range(3)] == ["read None", "write 1", "read 1"]
+        client.send("read")
+        assert client.receive() == "read 1"
+    assert ran.read_text() == "x"

@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -373,14 +372,33 @@ def test_the_broker_is_restarted(broker: BrokerFactory) -> None:
 
 
 def test_the_gateway_is_killed(broker: BrokerFactory) -> None:
-    """S35: the sockets die with it; each connection gets its on_close, and the clients come back."""
+    """S34: no socket closes, and what was sent meanwhile is answered, in order and once."""
     app = broker(APP)
     driver = Driver(app.port)
     try:
         sockets = [driver.open(id=f"c{number}") for number in range(5)]
         for socket in sockets:
             hello(socket)
-        os.kill(app.gateway_pid(), signal.SIGKILL)
+        app.kill("gateway")
+        for socket in sockets:
+            socket.send(*(f"message {number}" for number in range(20)))
+        for socket in sockets:
+            assert socket.messages(21)[1:] == [f"message {number}" for number in range(20)]
+            assert not socket.events("close")
+        assert json.loads(driver.fetch(path="closes")["text"]) == []
+    finally:
+        driver.close()
+
+
+def test_gateway_and_keeper_are_killed(broker: BrokerFactory) -> None:
+    """S35: the sockets die with both; each connection gets its on_close, and the clients come back."""
+    app = broker(APP)
+    driver = Driver(app.port)
+    try:
+        sockets = [driver.open(id=f"c{number}") for number in range(5)]
+        for socket in sockets:
+            hello(socket)
+        app.kill("keeper", "gateway")
         for number, socket in enumerate(sockets):
             assert hello(socket, 1)["hello"] == f"c{number}"
             assert socket.events("close")[0]["code"] == 1006

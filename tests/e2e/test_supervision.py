@@ -7,10 +7,13 @@ happens meanwhile; which code answered shows as well.
 import os
 import signal
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from urllib.request import urlopen
 
 import pytest
 
@@ -233,6 +236,43 @@ def test_an_upgrade_brings_another_gateway_and_no_client_notices(broker: BrokerF
             os.kill(process.gateway_pid(), signal.SIGKILL)
             for talker in (one, two, three, four):
                 talker.goes_on()
+
+
+SLOW = """
+import os
+import trio
+from broker import Server
+
+class Main(Server):
+    def on_message(self, message, sender):
+        sender.send("one " + message)
+
+    async def on_request(self, request):
+        open("begun", "w").close()
+        while not os.path.exists("go"):
+            await trio.sleep(0.02)
+        return "slow"
+"""
+
+
+def test_an_upgrade_lets_requests_end_that_have_begun(broker: BrokerFactory) -> None:
+    """S33: while they are waited for, everything goes on as before."""
+    process = broker(SLOW)
+    before = process.gateway_pid()
+    with ThreadPoolExecutor() as pool, Talker(process.connect()) as talker:
+        request = pool.submit(urlopen, f"http://127.0.0.1:{process.port}/party/slow", timeout=60)
+        eventually((process.folder / "begun").exists)
+        upgrade = pool.submit(process.command, "upgrade")
+        eventually(lambda: process.log_events("gateway freezes"))
+        end = time.monotonic() + 1.5  # longer than what requests get that come later
+        while time.monotonic() < end:
+            talker.goes_on()
+        assert process._listed("gateway") == [before] and not upgrade.done()
+        (process.folder / "go").touch()
+        with request.result() as answer:
+            assert (answer.status, answer.read()) == (200, b"slow")
+        assert upgrade.result()[0] == 0
+        talker.goes_on()
 
 
 def test_a_gateway_that_is_stopped_is_killed_and_its_sockets_live_on(broker: BrokerFactory) -> None:

@@ -133,6 +133,7 @@ QUICK = Timing(
     backoff_first_seconds=0.01,
     backoff_limit_seconds=0.02,
     backoff_reset_seconds=60,
+    patience_seconds=0,
     freeze_seconds=5,
     handover_seconds=5,
     resume_seconds=5,

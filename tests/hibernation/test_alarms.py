@@ -21,10 +21,11 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.commits import Commits
 from hibernation.party import make_parties
 from hibernation.pool import Pool
-from hibernation.room import Room
+from hibernation.room import Room, Turn
 from hibernation.room_alarms import when_ms
 from hibernation.settings import Settings
 from hibernation.turns import Turns
+from storage.alarms import AlarmRow
 from storage.shards import Shard
 
 #: 1 January 2026, 12:00.
@@ -78,11 +79,10 @@ class House:
         for cell in batch.cells:
             self.pool.forget_if_idle(cell)
 
-    def _finish(self, cell: Cell, room: Room, result: list[Any]) -> None:
-        room._effects = None
-        storage = room._storage
-        if storage is not None and (storage._writes or storage._cleared or storage._alarms):
-            self.commits.stage(cell, room)
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
+        turn.room = None
+        if turn.stored:
+            self.commits.stage(cell, turn)
             self.commits.hold(cell, result, [])
         self.sent += [effect[2] for effect in result[-1] if effect[0] == wire.BROADCAST]
 
@@ -544,9 +544,33 @@ def test_points_in_time(monkeypatch):
 
 
 def test_an_alarm_shows_itself():
-    from storage.alarms import AlarmRow
-
     alarm = Alarm(AlarmRow("a", 1, 2000, 1000, None, 6, 1, "ValueError: no"))
     assert repr(alarm) == "<Alarm 'a' at 1970-01-01T00:00:01+00:00, attempt 6>"
     assert (alarm.failed, alarm.reason, alarm.payload) == (True, "ValueError: no", None)
     assert alarm.due_at - alarm.scheduled_at == timedelta(seconds=1)
+
+
+def test_what_a_turn_has_released_early_takes_not_its_alarm_along(tmp_path):
+    """S20, S29: the deletion stays with the rest of the turn, unless the alarm was set again before."""
+    made: list[Room] = []
+
+    class Main(Server):
+        def on_message(self, message):
+            made.append(self.room)
+
+        def on_alarm(self): ...
+
+    async def script(house: House) -> None:
+        await house.tell(1)
+        row = AlarmRow("a", 1, 0, 0, None)
+        for again in (None, row):
+            turn = Turn(made[0])
+            turn.alarm = "a"
+            turn.set_alarm("a", again)
+            turn.set_alarm("b", None)
+            part = turn.split()
+            assert part.alarms == ({"b": None} if again is None else {"a": row, "b": None})
+            assert turn.alarms == ({"a": None} if again is None else None)
+            assert (turn.alarm, turn.stored) == ("a", again is None)
+
+    play(tmp_path, script, Main)

@@ -105,17 +105,17 @@ class Disk:
         """What the host does at a turn's end."""
         room = cell.room
         assert room is not None
-        room._begin()
+        turn = room._begin()
         if clear:
             room.storage.delete_all()
         for key, value in writes.items():
             if value is None:
-                room.storage._writes[key] = None
+                turn.write(key, None)
             else:
                 room.storage.put(key, value)
-        room._effects = None
-        if room.storage._writes or room.storage._cleared:
-            self.commits.stage(cell, room)
+        turn.room = None
+        if turn.stored:
+            self.commits.stage(cell, turn)
         if cell.gate:
             self.commits.hold(cell, [name], [])
         else:
@@ -462,19 +462,36 @@ class _Quiet:
     error = info = critical
 
 
-def test_what_could_not_be_committed_before_a_gateway_went_has_not_been(disk):
-    """S22, H8: its rooms begin again from what is on disk, and its events are given out again."""
+def test_what_has_to_wait_for_the_next_gateway_is_committed_then(disk):
+    """S22, H8: its turn has ended and does not run again; work that lasts begins behind it, and nobody else
+    is told.
+    """
     disk.commits._ready = lambda _: False
     cell = disk.cell("r")
     disk.turn(cell, "a", key=1)
+    told: list[str] = []
+    disk.commits.after(cell, lambda: told.append("left"))
+    disk.commits.after(cell, lambda: told.append("lasting"), lasting=True)
     disk.commits.end_round()
     disk.commits.forget()
-    disk.commits.abandon()
+    newest = disk.commits.newest
+    assert (newest, disk.commits.has_ended(newest), disk.commits.has_ended(newest - 1)) == (1, False, True)
     disk.commits._ready = lambda _: True
-    assert disk.commits.idle
-    again = disk.cell("r")
-    disk.turn(again, "b", key=2)
     disk.commits.end_round()
+    assert (disk.commits.newest, disk.commits.has_ended(newest), told) == (1, False, [])
     disk.writer.finish()
     disk.completed()
-    assert (disk.names(), disk.stored(again, "key")) == (["b"], 2)
+    assert (disk.commits.newest, disk.commits.has_ended(newest), told) == (0, True, ["lasting"])
+    assert (disk.names(), disk.stored(cell, "key")) == (["a"], 1)
+
+
+def test_a_turn_that_wrote_nothing_can_be_made_to_wait_for_the_disk(disk):
+    """S7: what it begins must not be begun again by another host, so it has to be in the outbox."""
+    cell = disk.cell("r")
+    disk.commits.must_store(cell)
+    disk.commits.hold(cell, ["a"], [])
+    disk.commits.end_round()
+    assert disk.names() == []
+    disk.writer.finish()
+    disk.completed()
+    assert (disk.names(), disk.outbox(), cell.gate) == (["a"], [[["a"]]], 0)

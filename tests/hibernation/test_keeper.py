@@ -739,6 +739,9 @@ def test_no_child_inherits_what_was_kept(keeper: KeeperProcess, client: KeeperCl
         with taken(keeper.data) as kept:
             with subprocess.Popen(["cat"], stdin=subprocess.PIPE, close_fds=False) as child:
                 links = {os.readlink(f"/proc/self/fd/{fd}") for fd in (*kept.fds, kept.named["listener"])}
+                # What was there before exec goes away one by one.
+                command = Path(f"/proc/{child.pid}/cmdline")
+                eventually(lambda: command.read_bytes() == b"cat\0", "the exec")
                 theirs = {os.readlink(each) for each in Path(f"/proc/{child.pid}/fd").iterdir()}
                 assert len(links) == 50
                 assert theirs.isdisjoint(links)
@@ -762,7 +765,7 @@ MALFORMED: dict[str, tuple[bytes, int, str]] = {
     "more": (HEADER.pack(LAYOUT, messages.PUT, 1, 1) + slots_body(3), 2, "2 descriptors came"),
     "no slots": (HEADER.pack(LAYOUT, messages.PUT, 1, 1), 1, "1 slots in 0 bytes"),
     "negative": (HEADER.pack(LAYOUT, messages.PUT, 1, 1) + slots_body(-1), 1, "a slot outside"),
-    "far": (HEADER.pack(LAYOUT, messages.PUT, 1, 1) + slots_body(1 << 20), 1, "a slot outside"),
+    "far": (HEADER.pack(LAYOUT, messages.PUT, 1, 1) + slots_body(messages.SLOTS_MAX), 1, "a slot outside"),
     "no name": (HEADER.pack(LAYOUT, messages.PIN, 1, 1), 1, "a name has 1 to 64 bytes"),
     "long name": (HEADER.pack(LAYOUT, messages.PIN, 1, 1) + b"n" * 65, 1, "a name has 1 to 64 bytes"),
     "bad name": (HEADER.pack(LAYOUT, messages.PIN, 1, 1) + b"\xff", 1, "not UTF-8"),
@@ -985,7 +988,7 @@ def test_a_descriptor_closed_too_early_is_left_out(keeper: KeeperProcess, client
 def test_what_makes_no_sense_is_told_at_once(client: KeeperClient) -> None:
     with pytest.raises(ValueError, match="2 slots and 1 descriptors"):
         client.put([1, 2], [0])
-    for slot in (-1, 1 << 20):
+    for slot in (-1, messages.SLOTS_MAX):
         with pytest.raises(ValueError, match="slots are 0 to 1048575"):
             client.put([slot], [0])
         with pytest.raises(ValueError, match="slots are 0 to 1048575"):

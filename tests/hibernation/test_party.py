@@ -2,11 +2,13 @@
 
 import inspect
 import json
+from typing import Any
 
 import pytest
 
 from broker.server import Server
-from hibernation.errors import AppError, HookError, SettingError
+from hibernation.auto_responses import AutoResponse, from_plain
+from hibernation.errors import AppError, HookError, LimitExceeded, SettingError
 from hibernation.party import Party, kebab, make_parties
 from hibernation.settings import ROOM_SETTINGS, RoomSettings, Settings
 
@@ -144,7 +146,16 @@ def test_every_setting_of_rooms_is_declared_on_server_and_checked_when_a_class_i
 
 
 def test_server_declares_no_setting_that_rooms_cannot_have():
-    own = {"room", "hibernate", "concurrency", "subprotocols", "cors", "crons", "cron_timezone"}
+    own = {
+        "room",
+        "hibernate",
+        "concurrency",
+        "subprotocols",
+        "auto_responses",
+        "cors",
+        "crons",
+        "cron_timezone",
+    }
     assert set(inspect.get_annotations(Server)) == own | {setting.name for setting in ROOM_SETTINGS}
 
 
@@ -153,8 +164,8 @@ def test_server_declares_no_setting_that_rooms_cannot_have():
     [
         ("hibernate", 1, "give True or False, not 1"),
         ("hibernate", "False", "give True or False"),
-        ("concurrency", "interleave", 'give "serial", the only one available'),  # S19
-        ("concurrency", "per_connection", 'give "serial", the only one available'),
+        ("concurrency", "parallel", 'give "serial", "per_connection" or "interleave"'),  # S19
+        ("concurrency", ["serial"], 'give "serial", "per_connection" or "interleave"'),
         ("subprotocols", "chat", "tuple or list"),  # S17
         ("subprotocols", ["chat v2"], "without spaces"),
         ("subprotocols", ("chat\r\nX: y",), "without spaces"),
@@ -163,6 +174,17 @@ def test_server_declares_no_setting_that_rooms_cannot_have():
         ("cors", {"X": 1}, "headers"),
         ("cors", {"X Y": "z"}, "headers"),
         ("cors", {"X": "a\r\nY: b"}, "headers"),
+        ("auto_responses", "ping", "give a mapping"),  # S16
+        ("auto_responses", ["ping"], "give a mapping"),
+        ("auto_responses", {"ping": 1}, "the reply of an automatic response is str or bytes, not int"),
+        ("auto_responses", {1: "pong"}, "the request of an automatic response is str or bytes, not int"),
+        ("auto_responses", {"ping": None}, "str or bytes, not NoneType"),
+        ("auto_responses", {"\ud800": "pong"}, "lone surrogate"),
+        ("auto_responses", {"p" * 2049: "pong"}, "2,049 bytes, and at most 2,048 are allowed; let"),
+        ("auto_responses", {"ping": b"p" * 2049}, "2,049 bytes, and at most 2,048 are allowed; let"),
+        ("auto_responses", [AutoResponse("a", "b"), AutoResponse("a", "c")], "answered twice: leave one"),
+        ("auto_response", {"ping": "pong"}, "nearest is auto_responses"),
+        ("compression", "gzip", '"off" or "deflate"'),
         ("idle_seconds", -1, "from 0 to"),
         ("tags_max", 1.5, "a whole number"),
         ("origins", "https://a.example", "origins such as"),
@@ -192,6 +214,63 @@ def test_subprotocols_keep_their_order():
     assert party.subprotocols == ("v2", "v1")
 
 
+def test_automatic_responses_are_read_from_a_mapping_or_a_list():
+    """S16."""
+    assert Party.from_class(room()).auto_responses == ()
+    rules: dict[Any, Any] = {"ping": "pong", b"\x09": b"\x0a", "": "empty", "p" * 2048: "q" * 2048}
+    party = Party.from_class(room(auto_responses=rules))
+    assert party.auto_responses == tuple(AutoResponse(request, reply) for request, reply in rules.items())
+    listed = [AutoResponse("a", "b"), AutoResponse("a", "c", prefix=True), AutoResponse(b"a", "d")]
+    party = Party.from_class(room(auto_responses=listed))
+    assert party.auto_responses == tuple(listed)
+    description = party.describe()["auto_responses"]
+    assert json.loads(json.dumps(description)) == description
+    assert from_plain(description) == (("a", "b", False), ("a", "c", True), (b"a", "d", False))
+
+
+@pytest.mark.parametrize(("count", "most"), [(15, 16), (16, 16), (17, 16), (17, 17), (0, 0), (1, 0)])
+def test_the_number_of_automatic_responses_is_bounded(count, most):
+    """S16."""
+    party = Party.from_class(room(auto_responses={str(n): "x" for n in range(count)}))
+    settings = Settings(auto_responses_max=most)
+    if count <= most:
+        assert party.settings(settings).auto_responses_max == most
+        return
+    with pytest.raises(
+        SettingError, match=f"{count} rules, and at most {most} are allowed; .*raise auto_resp"
+    ):
+        party.settings(settings)
+
+
+def test_a_class_may_raise_the_number_of_its_automatic_responses():
+    rules = {str(n): "x" for n in range(20)}
+    party = Party.from_class(room(auto_responses=rules, auto_responses_max=20))
+    assert party.settings(Settings()).auto_responses_max == 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("", "x", True), ValueError),
+        (("a", "x", 1), TypeError),
+        ((None, "x"), TypeError),
+        (("a", ["x"]), TypeError),
+        (("\u00e9" * 1025, "x"), LimitExceeded),
+        (("a", b"x" * 2049), LimitExceeded),
+    ],
+)
+def test_what_an_automatic_response_may_not_be(arguments, error):
+    with pytest.raises(error):
+        AutoResponse(*arguments)
+
+
+def test_an_automatic_response_holds_plain_text_and_bytes():
+    sides: list[Any] = [bytearray(b"a"), memoryview(b"b")]
+    rule = AutoResponse(*sides)
+    assert rule.rule == (b"a", b"b", False)
+    assert AutoResponse("\u00e9" * 1024, b"x" * 2048, prefix=True).prefix
+
+
 def test_cors_is_headers_or_nothing():
     assert Party.from_class(room()).cors is None
     assert Party.from_class(room(cors=False)).cors is None
@@ -219,7 +298,9 @@ def test_a_gateway_is_told_in_plain_values():
         "aliases": ["main"],
         "hooks": ["on_message"],
         "hibernate": True,
+        "concurrency": "serial",
         "subprotocols": ["v1"],
+        "auto_responses": [],
         "cors": [["A", "b"]],
         "settings": {"origins": ["https://a.example"]},
     }

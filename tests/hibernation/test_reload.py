@@ -193,7 +193,7 @@ def test_an_order_waits_for_a_reload_after_a_save_no_longer_than_to_be_told(stag
         stage.does("host", "hang")
         await send.send(None)
         await until(lambda: len(stage.pids("host start")) == 2)
-        with refused("a reload is under way, for"):
+        with refused("reload is under way, for"):
             await order(stage.folder, "reload")
 
     running(stage.supervisor(connect=gateway, changes=changes), script)

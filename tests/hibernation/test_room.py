@@ -2,6 +2,7 @@
 
 import contextvars
 import enum
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.link import encode as encode_for_link
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Room, Turn
 from hibernation.settings import Settings
 from storage.alarms import AlarmRow
 from storage.errors import StorageLimitError, ValueEncodingError
@@ -31,6 +32,7 @@ class FakeHost:
         self.alarms: dict[str, AlarmRow] = {}
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
+        self.answered: dict[tuple[int, int], int] = {}
 
     def read(self, key: str, name: str) -> bytes | None:
         return self.disk.get(name)
@@ -51,6 +53,9 @@ class FakeHost:
     def count_alarms(self, key: str) -> int:
         return len(self.alarms)
 
+    async def flush(self, turn: Turn) -> None:
+        raise AssertionError
+
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
         encode_for_link([argument])  # what cannot be sent would end the host
@@ -61,6 +66,8 @@ class FakeHost:
             return [self.rows[:1], b"rest" if self.rows[1:] else b""]
         if what == "more":
             return [self.rows[1:], b""]
+        if what == "answered":
+            return self.answered.get(tuple(argument))
         return len(self.rows)
 
 
@@ -103,22 +110,20 @@ class Stage:
         )
 
     def begin(self) -> list[Any]:
-        return self.room._begin()
+        self.turn = self.room._begin()
+        return self.turn.effects
 
     def end(self) -> list[Connection]:
         """End a turn well: its writes are pending, its edits on their way. Gives the edited connections."""
-        room = self.room
-        room._effects = None
-        storage = room.storage
-        if storage._cleared:
+        turn = self.turn
+        turn.room = None
+        if turn.cleared:
             self.pending.clear()
-            room._pending_cleared = True
-            storage._cleared = False
-        self.pending.update(storage._writes)
-        storage._writes.clear()
-        edited = list(room._undo)
-        room._undo.clear()
-        return edited
+            self.room._pending_cleared = True
+        self.pending.update(turn.writes or {})
+        for connection, edit in (turn.edits or {}).items():
+            connection._apply(edit)
+        return list(turn.edits or {})
 
     def commit(self) -> None:
         """The disk has it."""
@@ -170,6 +175,74 @@ def stage() -> Stage:
 
 
 # --- Effects --------------------------------------------------------------------------------------
+
+
+def test_automatic_responses_are_effects_like_others(stage):
+    """S16, S20: staged in their place, counted, and nothing is staged of one that cannot be."""
+    connection = stage.connect(7)
+    effects = stage.begin()
+    connection.send("before")
+    stage.room.set_auto_response("ping", "pong")
+    stage.room.set_auto_response(bytearray(b"a"), b"b", prefix=True)
+    stage.room.set_auto_response("ping", None)
+    connection.send("after")
+    wanted = [
+        [wire.SEND, 7, 7, "before"],
+        [wire.AUTO, "chat/lobby", "ping", "pong", False, 16],
+        [wire.AUTO, "chat/lobby", b"a", b"b", True, 16],
+        [wire.AUTO, "chat/lobby", "ping", None, False, 16],
+        [wire.SEND, 7, 7, "after"],
+    ]
+    assert effects == wanted
+    for arguments, error in [
+        (("x" * 2049, "y"), LimitExceeded),
+        (("x", "y" * 2049), LimitExceeded),
+        ((7, "y"), TypeError),
+        (("x", 7), TypeError),
+    ]:
+        with pytest.raises(error):
+            stage.room.set_auto_response(*arguments)
+    with pytest.raises(ValueError, match="empty prefix"):
+        stage.room.set_auto_response("", "y", prefix=True)
+    assert effects == wanted
+    stage.room.set_auto_response("x" * 2048, "y" * 2048)
+    encode_for_link(effects)
+    stage.end()
+    with pytest.raises(RoomGone):
+        stage.room.set_auto_response("ping", "pong")
+
+
+def test_automatic_responses_of_one_turn_are_bounded(stage):
+    """S16: at the limit; one more is an error, and nothing is staged of it."""
+    effects = stage.begin()
+    for number in range(16):
+        stage.room.set_auto_response(str(number), "x")
+    stage.room.set_auto_response("0", "again")
+    with pytest.raises(LimitExceeded, match="17 rules, and at most 16 are allowed; set fewer, or raise"):
+        stage.room.set_auto_response("16", "x")
+    assert len(effects) == 17
+    stage.room.set_auto_response("0", None)
+    stage.room.set_auto_response("16", "x")
+    with pytest.raises(LimitExceeded):
+        stage.room.set_auto_response(b"16", "x")
+    stage.room.set_auto_response("never set", None)
+
+
+def test_automatic_responses_count_as_staged(stage):
+    stage.begin()
+    for _ in range(stage.room._bytes_max // 4096):
+        stage.room.set_auto_response("x" * 2048, "x" * 2048)
+    with pytest.raises(LimitExceeded, match="store less in one turn"):
+        stage.room.set_auto_response("x", "")
+
+
+def test_the_time_of_the_last_automatic_response_is_asked_for(stage):
+    connection = stage.connect(7)
+    assert trio.run(connection.auto_response_at) is None
+    stage.host.answered[7, 7] = 1_700_000_000_123
+    at = trio.run(connection.auto_response_at)
+    assert at == datetime(2023, 11, 14, 22, 13, 20, 123_000, UTC)
+    assert stage.host.asked[-1] == ("answered", [7, 7])
 
 
 def test_effects_are_staged_in_the_order_of_the_calls(stage):
@@ -327,6 +400,8 @@ def test_effects_outside_of_a_turn_raise(stage):
         lambda: room.storage.delete("k"),
         lambda: room.storage.delete_all(),
         room.hibernate,
+        lambda: room.start_soon(print),
+        lambda: trio.run(room.flush),
     ):
         with pytest.raises(RoomGone):
             call()
@@ -343,7 +418,7 @@ def test_what_outlives_a_turn_does_not_stage_into_the_next_one(stage):
         earlier.run(connection.send, "stray")
     with pytest.raises(RoomGone):
         earlier.run(stage.room.storage.put, "stray", 1)
-    assert stage.room._effects == []
+    assert stage.turn.effects == []
 
 
 # --- What a turn may stage ------------------------------------------------------------------------
@@ -380,7 +455,7 @@ def test_a_turn_stages_turn_bytes_max_and_not_one_byte_more(stage_bytes):
         connection = stage.connect(1)
         stage.begin()
         stage_bytes(stage.room, connection, size)
-        assert stage.room._bytes == size
+        assert stage.turn.bytes == size
     stage = Stage(turn_bytes_max=LIMIT)
     connection = stage.connect(1, state="old")
     effects = stage.begin()
@@ -388,7 +463,7 @@ def test_a_turn_stages_turn_bytes_max_and_not_one_byte_more(stage_bytes):
         stage_bytes(stage.room, connection, LIMIT + 1)
     assert effects == []
     assert connection.state == "old"
-    assert stage.room.storage._writes == {}
+    assert not stage.turn.writes
     assert not connection._edits
     stage_bytes(stage.room, connection, LIMIT)
     stage.end()
@@ -483,6 +558,85 @@ def test_a_state_that_cannot_be_stored_or_made_leaves_the_old_one(stage):
     assert (connection.state, effects, connection._edits) == ("old", [], 0)
 
 
+# --- Background work and parts of turns -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("running", [0, 2])
+def test_a_room_has_background_max_pieces_of_work_and_not_one_more(running):
+    """S7: at one below, at, and one above, those that run counted; what is refused changes nothing."""
+    stage = Stage(background_max=4)
+    stage.room._tasks = running
+    stage.begin()
+    for number in range(4 - running):
+        stage.room.start_soon(print, number)
+    with pytest.raises(
+        LimitExceeded, match=r"at most 4 are allowed; let some of it end, or raise background_max"
+    ):
+        stage.room.start_soon(print)
+    assert stage.turn.tasks == [(print, (number,)) for number in range(4 - running)]
+    stage.room._discard()
+    stage.begin()
+    assert not stage.turn.tasks
+
+
+def test_what_cannot_be_called_is_no_work(stage):
+    stage.begin()
+    with pytest.raises(TypeError, match="cannot be called"):
+        stage.room.start_soon(None)
+
+
+def test_a_part_of_a_turn_takes_all_that_was_staged_and_leaves_it_empty(stage):
+    """S20: what is staged after it is another part, of the same turn, with all its room."""
+    connection = stage.connect(1, state=1)
+    stage.begin()
+    assert not stage.turn.used
+    connection.send("one")
+    connection.set_state(2)
+    stage.room.storage.put("k", 1)
+    stage.room.hibernate()
+    stage.room.start_soon(print)
+    part = stage.turn.split()
+    assert part.used and part.stored and part.evict and part.tasks
+    assert [effect[0] for effect in part.effects] == [wire.SEND, wire.STATE]
+    assert part.bytes > 0
+    turn = stage.turn
+    assert (turn.used, turn.bytes, turn.effects, turn.writes) == (False, 0, [], None)
+    assert (part.room, turn.room) == (stage.room, stage.room)
+    connection.send("two")
+    assert [effect[3] for effect in turn.effects] == ["two"]
+
+
+def test_turns_that_overlap_see_their_own_and_what_has_ended(stage):
+    """S19, S20: writes, states, tags and closes of one show to others at its end; the last to end wins."""
+    one, two = stage.connect(1, "tag", state="old"), stage.connect(2)
+    contexts = [contextvars.copy_context() for _ in range(2)]
+    turns = [context.run(stage.room._begin) for context in contexts]
+
+    def in_turn(index: int, call: Any, *arguments: Any) -> Any:
+        return contexts[index].run(call, *arguments)
+
+    for index, value in enumerate(("first", "second")):
+        in_turn(index, one.set_state, value)
+        in_turn(index, one.add_tags, value)
+        in_turn(index, stage.room.storage.put, "k", value)
+    in_turn(0, two.close)
+    assert [in_turn(index, lambda: one.state) for index in range(2)] == ["first", "second"]
+    assert [in_turn(index, lambda: one.tags[-1]) for index in range(2)] == ["first", "second"]
+    assert [in_turn(index, stage.get, "k") for index in range(2)] == ["first", "second"]
+    assert (one.state, one.tags, stage.get("k")) == ("old", ("tag",), None)
+    assert [in_turn(index, stage.ids) for index in range(2)] == [["c1"], ["c1", "c2"]]
+    in_turn(1, two.send, "open")
+    stage.turn = turns[1]
+    stage.end()
+    assert (one.state, one.tags, stage.get("k")) == ("second", ("tag", "second"), "second")
+    assert in_turn(0, lambda: one.state) == "first"
+    with pytest.raises(RoomGone):
+        in_turn(1, one.send, "late")
+    stage.turn = turns[0]
+    stage.end()
+    assert (one.state, stage.get("k"), stage.ids()) == ("first", "first", ["c1"])
+
+
 # --- A turn that fails ----------------------------------------------------------------------------
 
 
@@ -509,7 +663,7 @@ def test_a_failed_turn_leaves_nothing(stage):
     )
     effects = stage.begin()
     assert stage.get(["k", "l"]) == {"k": "disk"}
-    assert not stage.room._evict
+    assert not stage.turn.evict
     connection.send("open")
     other.send("open")
     assert len(effects) == 2
@@ -650,7 +804,7 @@ def test_keys_have_their_limit(stage, over, letter):
         else:
             with pytest.raises(StorageLimitError):
                 call()
-    assert bool(storage._writes) == (over <= 0)
+    assert bool(stage.turn.writes) == (over <= 0)
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -668,7 +822,7 @@ def test_values_have_their_limit(stage, over):
         ):
             with pytest.raises((StorageLimitError, LimitExceeded)):
                 call()
-        assert stage.room.storage._writes == {}
+        assert not stage.turn.writes
 
 
 @pytest.mark.parametrize("key", ["", "\ud800", 5, None, b"bytes"])
@@ -683,7 +837,7 @@ def test_what_is_no_key_is_refused(stage, key):
     ):
         with pytest.raises((ValueError, TypeError, ValueEncodingError)):
             call()
-    assert storage._writes == {}
+    assert not stage.turn.writes
 
 
 def test_put_of_many_is_all_or_nothing(stage):

@@ -275,7 +275,7 @@ def test_one_order_at_a_time(stage, gateway):
             nursery.start_soon(order, stage.folder, "upgrade")
             await until(lambda: "freeze" in gateway.asked)
             for name in ("upgrade", "reload", "drain"):
-                with refused("a upgrade is under way, for"):
+                with refused("upgrade is under way, for"):
                     await order(stage.folder, name)
             release.set()
 

@@ -27,7 +27,7 @@ def opened(path, schema):
 @pytest.mark.parametrize(
     ("schema", "digests"),
     [
-        (REGISTRY, ["a69af6f34ba3", "8a87fcc4baa2"]),
+        (REGISTRY, ["a69af6f34ba3", "8a87fcc4baa2", "187ba97f7345"]),
         (SHARD, ["e99bc0fa614e", "4fca09787485", "14676b657e4e", "44bc3307ca34"]),
     ],
 )

@@ -186,6 +186,37 @@ def test_merge_stages_the_later_changes_on_top(registry):
     ]
 
 
+def rules_batch(**rules):
+    batch = RegistryBatch()
+    batch.auto_responses.update(rules)
+    return batch
+
+
+def test_automatic_responses_of_rooms_are_kept_for_ever(tmp_path):
+    """S16: over the end of every connection and every process."""
+    registry = Registry(tmp_path)
+    assert registry.auto_responses("chat/a") is None
+    assert rules_batch(a=None)
+    registry.commit(opened(1))
+    registry.commit(rules_batch(a=b"1", b=b"2"))
+    assert (registry.auto_responses("a"), registry.auto_responses("b")) == (b"1", b"2")
+    forgotten = rules_batch(a=b"3", b=None, c=None)
+    forgotten.forget(1)
+    registry.commit(forgotten)
+    registry.close()
+    registry = Registry(tmp_path)
+    assert [registry.auto_responses(key) for key in "abc"] == [b"3", None, None]
+    assert not registry.query()
+    registry.close()
+
+
+def test_rules_of_a_refused_batch_are_in_the_next(registry):
+    refused = rules_batch(a=b"1", b=b"2")
+    refused.merge(rules_batch(b=None, c=b"3"))
+    registry.commit(refused)
+    assert [registry.auto_responses(key) for key in "abc"] == [b"1", None, b"3"]
+
+
 def test_pages_follow_the_order_of_acceptance(registry):
     """S12."""
     registry.commit(opened(*range(1, 11), tags=("t",)))

@@ -535,6 +535,10 @@ def test_the_answer_of_the_rfc():
         b"\r\n"
     )
     assert b"Protocol:" not in switching_response(KEY)
+    assert b"Extensions:" not in switching_response(KEY)
+    assert switching_response(KEY, None, "permessage-deflate; a").endswith(
+        b"Sec-WebSocket-Extensions: permessage-deflate; a\r\n\r\n"
+    )
 
 
 @pytest.mark.parametrize("subprotocol", ["", "a b", "a\r\nSet-Cookie: b", "a\n", "é", "a,b"])

@@ -22,9 +22,12 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from broker.gateway.answers import Answers
 from broker.gateway.connections import CLOSED, ENDING, GONE, OPEN, Connections
+from broker.gateway.deflate import deflate
+from broker.gateway.frames import encode_message
 from broker.gateway.hub import ENDED, PARKED_EVENTS
-from broker.gateway.inbox import Inbox
+from broker.gateway.inbox import ANSWERS_PER_PASS, Inbox
 from broker.gateway.links import HostLink
 from broker.gateway.rooms import RoomRecord
 from hibernation import wire
@@ -32,6 +35,9 @@ from hibernation.settings import Settings
 from tests.e2e.raw_client import BINARY, CLOSE, CONTINUATION, PING, TEXT, encode_frame
 
 KEY = b"\x01\x02\x03\x04"
+#: What is answered, text or bytes, by the gateway itself.
+RULES = Answers([("?", "!", True), (b"?", "!", True)])
+ANSWER = encode_message("!")
 
 
 class FakeHost(HostLink):
@@ -51,7 +57,16 @@ class FakeHost(HostLink):
 class Rig:
     """An inbox with what stands around it, without hub and lifecycle."""
 
-    def __init__(self, folder: Path, *, rooms: int = 2, wants_message: bool = True, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rooms: int = 2,
+        wants_message: bool = True,
+        overlaps: bool = False,
+        answers: Answers | None = None,
+        **options: Any,
+    ) -> None:
         options.setdefault("message_bytes_max", 64 * 1024)
         self.settings = Settings(**options)
         self.table = Connections()
@@ -61,6 +76,8 @@ class Rig:
             settings=self.settings,
             message_bytes_max=self.settings.message_bytes_max,
             wants_message=wants_message,
+            overlaps=overlaps,
+            answers=answers,
         )
         self.rooms = [RoomRecord(f"main/{number}", party, 0) for number in range(rooms)]
         self.epoll = epoll()
@@ -75,6 +92,7 @@ class Rig:
         #: Turns of a dead host that were committed, and of which its successor will tell.
         self.ended: list[list[Any]] = []
         self.inbox.later = lambda _, action, *arguments: self.due.append((action, *arguments))
+        self.inbox.on_answer = self._answer
         self.inbox.on_ping = lambda slot, payload: self.pings.append((slot, payload))
         self.inbox.on_close_frame = self._close
         self.inbox.on_violation = self._violation
@@ -83,6 +101,11 @@ class Rig:
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 128 * 1024)
         self.listener.bind(("127.0.0.1", 0))
         self.listener.listen()
+
+    def _answer(self, slot: int, frame: bytes, end: int) -> None:
+        assert end > self.ends[slot]
+        self.ends[slot] = end
+        self.handled[slot].append(frame)
 
     def _close(self, slot: int, code: int, reason: str) -> None:
         self.closes.append((slot, code, reason))
@@ -182,7 +205,7 @@ class Rig:
         self.links.by_shard[0] = None
         for room in self.rooms:
             room.inflight_events = room.inflight_bytes = 0
-            room.waiting = None
+            room.waiting = room.shares = None
         for slot in range(len(self.table)):
             if self.table.phase[slot] == OPEN:
                 self.inbox.forget_in_flight(slot)
@@ -228,16 +251,19 @@ class Rig:
         table = self.table
         assert sum(room.inflight_events for room in self.rooms) == len(self.host.items)
         for room in self.rooms:
+            if room.shares is not None:
+                assert sum(room.shares.values()) == room.inflight_events
+        for room in self.rooms:
             slots = [slot for slot in range(len(table)) if table.room[slot] is room]
             assert room.inflight_bytes == sum(
                 max(0, table.last_end[slot] - table.consumed[slot])
                 for slot in slots
                 if table.phase[slot] != CLOSED
             ) + sum(
-                reading.file.size
+                max(reading.file.size, reading.dispatched_bytes)
                 for slot, reading in self.inbox._readings.items()
                 if slot in slots and reading.complete and reading.file is not None
-            )
+            ) + sum(size for slot in slots for _, size in self.inbox._inflated.get(slot, ()))
         assert self.host.inflight_bytes == sum(room.inflight_bytes for room in self.rooms)
 
 
@@ -267,6 +293,17 @@ def messages(draw):
     seed = draw(st.integers(0, 25))
     payload = bytes([97 + (seed + n) % 26 for n in range(26)]) * (size // 26 + 1)
     payload = payload[:size]
+    kind = draw(st.sampled_from(["plain", "plain", "plain", "compressed", "answered", "compressed answered"]))
+    if "answered" in kind:
+        payload = b"?" + payload[1:]
+        size = len(payload)
+    expected: Any = payload.decode() if text else payload
+    if "answered" in kind:
+        expected = ANSWER
+    rsv = 0
+    if "compressed" in kind:
+        payload, rsv = deflate(payload or b"?", 15) if payload else b"\0", 4
+        size = len(payload)
     cuts = sorted(draw(st.lists(st.integers(0, size), max_size=draw(st.sampled_from([0, 0, 1, 4])))))
     if size > 1000 and draw(st.integers(0, 5)) == 0:
         cuts = list(range(0, size, max(size // 40, 1)))[1:]
@@ -274,12 +311,13 @@ def messages(draw):
     data = b""
     for index, (start, end) in enumerate(pairwise(bounds)):
         opcode = CONTINUATION if index else TEXT if text else BINARY
-        data += encode_frame(opcode, payload[start:end], fin=end == size and index == len(cuts), mask=KEY)
+        last = end == size and index == len(cuts)
+        data += encode_frame(opcode, payload[start:end], fin=last, mask=KEY, rsv=0 if index else rsv)
         if index < len(cuts) and draw(st.integers(0, 4)) == 0:
             data += encode_frame(PING, b"among fragments", mask=KEY)
     if draw(st.integers(0, 4)) == 0:
         data += encode_frame(PING, b"behind", mask=KEY)
-    return data, payload.decode() if text else payload
+    return data, expected
 
 
 class InboxMachine(RuleBasedStateMachine):
@@ -288,6 +326,7 @@ class InboxMachine(RuleBasedStateMachine):
     folder: Path
     count = 0
     clogged = False
+    overlaps = False
 
     @initialize()
     def start(self):
@@ -299,6 +338,8 @@ class InboxMachine(RuleBasedStateMachine):
             room_inflight_bytes_max=16 * 1024,
             link_inflight_bytes_max=64 * 1024,
             inbox_bytes_max=8192,
+            overlaps=self.overlaps,
+            answers=RULES,
         )
         if self.clogged:
             self.rig.inbox._is_clogged = lambda slot: True  # type: ignore[method-assign]
@@ -307,7 +348,7 @@ class InboxMachine(RuleBasedStateMachine):
         self.written: list[int] = []
         self.left: list[bytes] = []
         for room in (0, 0, 1):
-            self.rig.connect(room)
+            self.rig.table.agree(self.rig.connect(room), 15)
             self.sent.append([])
             self.starts.append([])
             self.written.append(0)
@@ -368,7 +409,7 @@ class InboxMachine(RuleBasedStateMachine):
                 begin = self.starts[slot][len(handled)]
                 reading = rig.inbox._readings.get(slot)
                 if reading is not None and reading.file is not None:
-                    assert reading.start == begin
+                    assert reading.start <= begin  # it may be a control frame in front of it
                     assert reading.file.start + reading.file.size == rig.table.consumed[slot]
                 else:
                     assert rig.table.consumed[slot] <= begin
@@ -428,6 +469,40 @@ def test_nothing_is_lost_where_every_part_is_spilled(tmp_path):
     CloggedMachine.TestCase("runTest").runTest()
 
 
+class OverlappingMachine(InboxMachine):
+    """The same where turns of a room overlap, so that each connection has a share of what is in flight."""
+
+    overlaps = True
+
+
+OverlappingMachine.TestCase.settings = InboxMachine.TestCase.settings
+
+
+def test_nothing_is_lost_where_turns_overlap(tmp_path):
+    """S19, S24: the same with shares."""
+    OverlappingMachine.folder = tmp_path
+    OverlappingMachine.TestCase("runTest").runTest()
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+def test_where_turns_overlap_no_connection_takes_all_that_may_be_in_flight(rig, cut):
+    """S19, S24: an eighth of the room's; as its own are acknowledged more of it come."""
+    rig = rig(room_inflight_events_max=24, overlaps=True)
+    slots = [rig.connect() for _ in range(2)]
+    rig.send(slots[0], fragments(cut, 1) * 100)
+    while rig.poll(0.05):
+        pass
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 3
+    rig.send(slots[1], fragments(cut, 1) * 2)
+    while rig.poll(0.05):
+        pass
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 3 + [slots[1]] * 2
+    rig.handle(1)
+    assert [item[2] for item in rig.host.items] == [slots[0]] * 2 + [slots[1]] * 2 + [slots[0]]
+    rig.settle()
+    assert [len(rig.handled[slot]) for slot in slots] == [100, 2]
+
+
 def test_a_part_of_a_frame_does_not_shut_the_window(rig):
     """The kernel keeps the whole piece of its queue in which it lies, 200 KiB perhaps: it is moved out."""
     rig = rig()
@@ -456,6 +531,115 @@ def fragments(count: int, size: int, *, last: bool = True) -> bytes:
         opcode = CONTINUATION if index else BINARY
         data += encode_frame(opcode, b"x" * size, fin=last and index == count - 1, mask=KEY)
     return data
+
+
+def test_an_answer_waits_for_what_is_before_it_and_holds_up_what_is_behind(rig):
+    """S16: it takes its place among the messages, and nothing of it is in flight."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    for text in ("a", "b", "?", "?2", "c", "?3"):
+        rig.send(slot, encode_frame(TEXT, text.encode(), mask=KEY))
+    rig.poll(0.05)
+    assert [item[7] for item in rig.host.items] == ["a", "b"]
+    rig.handle(1)
+    assert rig.handled[slot] == ["a"]
+    rig.handle(1)
+    assert rig.handled[slot] == ["a", "b", ANSWER, ANSWER]
+    assert [item[7] for item in rig.host.items] == ["c"]
+    rig.counts_are_true()
+    rig.handle(1)
+    assert rig.handled[slot] == ["a", "b", ANSWER, ANSWER, "c", ANSWER]
+    assert rig.unread(slot) == 0
+    assert rig.inbox.messages == 3
+
+
+def test_an_answer_before_the_end(rig):
+    """S16: the client has gone meanwhile, and still everything has its turn."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    for text in ("a", "?", "b"):
+        rig.send(slot, encode_frame(TEXT, text.encode(), mask=KEY))
+    rig.clients[slot].close()
+    rig.poll(0.05)
+    rig.settle()
+    assert rig.handled[slot] == ["a", ANSWER, "b"]
+    assert rig.gone == [slot]
+
+
+@pytest.mark.parametrize("count", [ANSWERS_PER_PASS - 1, ANSWERS_PER_PASS, ANSWERS_PER_PASS + 1])
+def test_answers_in_one_pass_are_bounded(rig, count):
+    """S16: the others come in the next round, so nobody else waits for all of them."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    rig.send(slot, encode_frame(TEXT, b"?", mask=KEY) * count)
+    while not rig.handled[slot]:
+        rig.poll(0.05)
+    assert len(rig.handled[slot]) == min(count, ANSWERS_PER_PASS)
+    assert bool(rig.due) == (count >= ANSWERS_PER_PASS)
+    rig.settle()
+    assert len(rig.handled[slot]) == count
+    assert rig.unread(slot) == 0
+
+
+def test_a_host_that_dies_has_no_part_in_answers(rig):
+    """S16: what was answered is not answered again, what waited is answered later, and once."""
+    rig = rig(answers=RULES)
+    slot = rig.connect()
+    rig.send(slot, b"".join(encode_frame(TEXT, text, mask=KEY) for text in (b"?", b"a", b"?")))
+    while not rig.host.items:
+        rig.poll(0.05)
+    rig.host_dies()
+    assert rig.handled[slot] == [ANSWER]
+    rig.host_comes()
+    rig.settle()
+    assert rig.handled[slot] == [ANSWER, "a", ANSWER]
+
+
+@pytest.mark.parametrize("inbox_bytes_max", [1024, 96 * 1024])
+def test_a_room_that_wants_no_messages_answers_all_the_same(rig, inbox_bytes_max):
+    rig = rig(wants_message=False, answers=RULES, inbox_bytes_max=inbox_bytes_max)
+    slot = rig.connect()
+    for data in (b"?", b"unwanted", b"?" + b"x" * 5000, b"unwanted" * 1000):
+        rig.send_all(slot, encode_frame(BINARY, data, mask=KEY))
+    assert rig.handled[slot] == [ANSWER, ANSWER]
+    assert rig.unread(slot) == 0
+    assert rig.inbox._spills.bytes == 0
+
+
+def test_compressed_messages_in_flight_count_as_what_they_are(rig):
+    """S24: some hundred bytes on the wire, and each of 60,000 for the host."""
+    rig = rig(room_inflight_bytes_max=250_000)
+    slot, other = rig.connect(), rig.connect()
+    bomb = encode_frame(BINARY, deflate(bytes(60_000), 15), mask=KEY, rsv=4)
+    for each in (slot, other):
+        rig.table.agree(each, 15)
+        rig.send(each, bomb * 20)
+    rig.poll(0.05)
+    rig.poll(0.05)
+    assert len(rig.host.items) == 4  # two of each: 64 KiB are reached with the second
+    rig.counts_are_true()
+    while rig.host.items:
+        rig.handle(1)
+        rig.poll(0.01)
+        rig.counts_are_true()
+        assert rig.host.inflight_bytes < 250_000 + 2 * 60_000
+    rig.settle()
+    assert rig.handled[slot] == rig.handled[other] == [bytes(60_000)] * 20
+    assert rig.host.inflight_bytes == 0
+    assert not rig.inbox._inflated
+
+
+def test_bombs_that_nobody_wants_hold_up_nobody(rig):
+    """S24: a mebibyte of them in one pass."""
+    rig = rig(wants_message=False, message_bytes_max=1 << 20)
+    slot = rig.connect()
+    rig.table.agree(slot, 15)
+    rig.send(slot, encode_frame(BINARY, deflate(bytes(1 << 20), 15), mask=KEY, rsv=4) * 3)
+    rounds = 0
+    while rig.unread(slot) or not rounds:
+        rounds += rig.poll(0.05)
+    assert rounds >= 3
+    assert not rig.violations
 
 
 @pytest.mark.parametrize("total", [60_000, 66_000, 90_000, 97_000, 99_000, 200_000])

@@ -47,7 +47,7 @@ def lifecycle(table: Connections) -> Lifecycle:
 def test_what_epoll_says_of_a_descriptors_former_owner_is_not_the_new_ones(phase: int, events: int) -> None:
     """One poll may name a descriptor that is closed, and given to a newcomer, before its turn comes."""
     table = Connections()
-    room = RoomRecord("main/r", SimpleNamespace(settings=Settings()), 0)  # type: ignore[arg-type]
+    room = RoomRecord("main/r", SimpleNamespace(settings=Settings(), answers=None), 0)  # type: ignore[arg-type]
     slot = table.allocate(1, None, room, b"id\xfeuri\xfe", 0)
     table.phase[slot] = phase
     lifecycle(table).ready(slot, events)

@@ -225,3 +225,18 @@ def test_the_ledger_remembers_the_host_that_serves() -> None:
     assert ledger.meet_host(0, 1, 6) == 6  # it was told so
     assert ledger.meet_host(0, 2, 0) == 0
     assert ledger.meet_host(0, 1, 6) == 6
+
+
+def test_what_is_older_than_an_acknowledgement_goes_before_it() -> None:
+    """S13: an event that was made before a result arrived carries older values than that."""
+    gateway, numbers = Gateway(), Link()
+    host = gateway.knocks(description())
+    token = host.heard()["token"]
+    host.says(numbers.pack([[wire.SYNCED, token]]))
+    [link] = gateway.links.hosts
+    link.put(["made before"])
+    host.says(numbers.pack([[wire.EFFECTS, "arrives after"]]) + numbers.acknowledgement_request())
+    assert host.heard() == [1, 1, [["made before"]]]
+    assert host.heard() == [0, 2, None]
+    gateway.links.close()
+    host.socket.close()

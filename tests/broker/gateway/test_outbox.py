@@ -24,7 +24,7 @@ class Rig:
     def __init__(self, **options: Any) -> None:
         self.settings = Settings(**options)
         self.table = Connections()
-        party: Any = SimpleNamespace(settings=self.settings)
+        party: Any = SimpleNamespace(settings=self.settings, answers=None)
         self.room = RoomRecord("main/x", party, 0)
         self.faults: list[tuple[int, str]] = []
         self.sender = Sender(self.table, self.settings, lambda slot, cause: self.faults.append((slot, cause)))

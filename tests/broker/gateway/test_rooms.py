@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from broker.gateway.connections import Connections
+from broker.gateway.ledger import Ledger
 from broker.gateway.rooms import SCANNED_MAX, RoomRecord, Rooms
 from hibernation import wire
 
 
 def record(key: str) -> RoomRecord:
     settings = SimpleNamespace(room_inflight_events_max=256, room_inflight_bytes_max=4 << 20)
-    party: Any = SimpleNamespace(settings=settings)
+    party: Any = SimpleNamespace(settings=settings, answers=None)
     return RoomRecord(key, party, 0)
 
 
@@ -135,3 +136,60 @@ def test_members_of_a_tag_are_not_those_of_its_beginning() -> None:
         )
     assert rooms.select(room, [["de"], [], []]) == [1, 3]
     assert rooms.select(room, [[], [], ["de"]]) == [0, 2]
+
+
+class CountedCards(list[bytes]):
+    """Cards, and how many of them are looked at one by one."""
+
+    looks = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.looks += 1
+        return super().__getitem__(index)
+
+
+def test_a_filter_in_a_room_of_5000_costs_what_it_finds() -> None:
+    """S12: matches in the order of acceptance, whichever slots they are in; the first question makes the
+    index.
+    """
+    table = Connections(Ledger.create(6000))
+    rooms = Rooms(table)
+    room = rooms.by_key["main/x"] = record("main/x")
+    wanted: dict[str, list[int]] = {"all": [], "rare": [], "odd": []}
+
+    def come(number: int) -> None:
+        tags = ["all", *(["rare"] if number % 700 == 0 else []), *(["odd"] if number % 2 else [])]
+        slot = table.allocate(number, None, room, wire.make_card(f"c{number}", "", wire.tags_blob(tags)), 0)
+        rooms.link(slot)
+        for tag in tags:
+            wanted[tag].append(slot)
+
+    for number in range(1, 2001):
+        come(number)
+    for slot in range(0, 1000, 3):  # later ones get slots that lie before those of earlier ones
+        rooms.unlink(slot)
+        table.release(slot)
+        for slots in wanted.values():
+            if slot in slots:
+                slots.remove(slot)
+    for number in range(2001, 5335):
+        come(number)
+    assert room.count == 5000
+    rare = wanted["rare"]
+    assert rare != sorted(rare)
+    assert rooms.select(room, [["rare"], [], []]) == rare
+    table.card = cards = CountedCards(table.card)
+    odd = set(wanted["odd"])
+    for criteria, found, most in [
+        ([["rare"], [], []], rare, len(rare)),
+        ([["all", "rare"], [], []], rare, 2 * len(rare)),
+        ([[], ["rare", "nobody"], []], rare, len(rare)),
+        ([["rare"], [], ["odd"]], [slot for slot in rare if slot not in odd], 2 * len(rare)),
+        ([["rare", "odd"], ["all"], []], [slot for slot in rare if slot in odd], 3 * len(rare)),
+        ([["nobody"], [], []], [], 0),
+        ([["all"], [], []], wanted["all"], 5000),
+        ([[], [], ["odd"]], [slot for slot in wanted["all"] if slot not in odd], 5000),
+    ]:
+        cards.looks = 0
+        assert rooms.select(room, criteria) == found
+        assert cards.looks <= most, criteria

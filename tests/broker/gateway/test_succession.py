@@ -3,12 +3,17 @@
 The parts are the real ones, on real TCP connections. What is not real is the kill: every store to the ledger
 and every call that moves a socket's stream is a step, and before one of them, whichever the test wants, the
 gateway stops for good. The next one gets what a keeper would have: duplicates of the sockets, and the memory.
-What must hold then is what clients and host see: each frame once, whole and in order; each message's turn
-once; each 101 whole.
+What must hold then is what clients and host see: each frame once, whole and in order; each message's turn, or
+its automatic response, once; each 101 whole.
+
+Every gateway compresses in another way than the one before it, as one with another zlib would, so a frame
+that two of them had made would show.
 """
 
+import fcntl
 import os
 import random
+import select
 import socket
 from collections import deque
 from pathlib import Path
@@ -16,16 +21,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cbor2 import loads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from broker.gateway import deflate
+from broker.gateway.answers import RoomRules
 from broker.gateway.connections import CLOSED, CONNECTING, FREE, OPEN, Connections
 from broker.gateway.effects import Effects
 from broker.gateway.frames import encode_message
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH, NAMES, Ledger
-from broker.gateway.lifecycle import Lifecycle, Newcomer
+from broker.gateway.lifecycle import SIOCOUTQ, Lifecycle, Newcomer
 from broker.gateway.links import HostLink
 from broker.gateway.outbox import Sender
 from broker.gateway.parties import PartyView
@@ -36,12 +44,16 @@ from hibernation import wire
 from hibernation.link import Link, StreamDecoder
 from hibernation.settings import Settings
 from storage.registry import Closing, RegistryBatch, Row
-from tests.e2e.raw_client import CLOSE, TEXT, encode_frame
+from tests.e2e.raw_client import CLOSE, CONTINUATION, TEXT, encode_frame
 
 HEAD = b"GET /party/room HTTP/1.1\r\n\r\n"
 ANSWER = b"HTTP/1.1 101 Switching Protocols\r\n\r\n"
 INCARNATION = 77
 ROOM = "main/room"
+#: What the party answers by itself: to "?", and to whatever begins with "?long".
+REPLIES = {"?": "!", "?long": "!" * 2000}
+#: Clients of these numbers have agreed to compression, with a window of so many bits.
+WINDOWS = {1: 15, 3: 10}
 
 
 class Killed(BaseException):
@@ -71,7 +83,7 @@ class Column:
     def __getitem__(self, index: int) -> int:
         return int(self._memory[index])
 
-    def __setitem__(self, index: int, value: int) -> None:
+    def __setitem__(self, index: int | slice, value: Any) -> None:
         self._kill.step()
         self._memory[index] = value
 
@@ -140,16 +152,18 @@ class Gateway:
     def __init__(self, world: "World", kill: Kill) -> None:
         self.world = world
         self.kill = kill
+        deflate._LEVEL = 9 if world.deaths % 2 else 1
         self.opened: list[Socket] = []
         settings = world.settings
         ledger = Ledger({name: os.dup(world.memory[name]) for name in NAMES})
-        for name in ("header", "number", "cookie", "base", "consumed", "before", "mark", "phase"):
+        for name in ("header", "number", "cookie", "base", "consumed", "before", "mark", "answered", "phase"):
             setattr(ledger, name, Column(getattr(ledger, name), kill))
         self.ledger = ledger
         hub: Any = Hub()
         self.hub = hub
         self.connections = Connections(ledger)
-        self.rooms = Rooms(self.connections)
+        self.rules = RoomRules(world.rules.get)
+        self.rooms = Rooms(self.connections, rules=self.rules)
         links: Any = SimpleNamespace(by_shard=[None])
         self.links = links
         self.inbox = Inbox(self.connections, self.links, settings, world.folder / "spill")
@@ -172,6 +186,7 @@ class Gateway:
             self.lifecycle,
             forward,
             forward,
+            self.rules,
         )
         self.host: Host | None = None
         succession = Succession(
@@ -204,10 +219,7 @@ class Gateway:
 
     def room_of(self, row: Row) -> RoomRecord:
         key = f"{row.party}/{row.room}"
-        room = self.rooms.by_key.get(key)
-        if room is None:
-            room = self.rooms.by_key[key] = RoomRecord(key, self.world.party, 0)
-        return room
+        return self.rooms.record(key, self.world.party, 0)
 
     def link(self) -> int:
         """A host has come. Gives the number of its newest message that is executed."""
@@ -252,7 +264,8 @@ class World:
                 "name": "main",
                 "hooks": ["on_connect", "on_message", "on_close"],
                 "cors": None,
-                "settings": {},
+                "settings": {"compression": "deflate", "compression_bytes_min": 126},
+                "auto_responses": [[True, "?", True, "!", False], [True, "?long", True, "!" * 2000, True]],
                 "hibernate": True,
                 "subprotocols": [],
             },
@@ -261,6 +274,7 @@ class World:
         ledger = Ledger.create(64)
         self.memory = {name: os.dup(descriptor) for name, descriptor in ledger.descriptors.items()}
         self.rows: dict[int, Row] = {}
+        self.rules: dict[str, bytes] = {}
         self.kept: dict[int, socket.socket] = {}
         self.listener = socket.socket()
         self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
@@ -277,6 +291,11 @@ class World:
         self.link = Link()
         self.kept_messages: deque[tuple[int, bytes, list[Any]]] = deque()
         self.ended_turns: set[tuple[Any, ...]] = set()
+        #: By client: messages, by where they end, that have not had their turn, and the frames that wait for
+        #: that.
+        self.asked: dict[int, deque[int | bytes]] = {}
+        #: What the room has set, the newest last.
+        self.own_rules: dict[str, str] = {}
         self.kill = Kill()
         self.deaths = 0
         self.gateway = Gateway(self, self.kill)
@@ -285,6 +304,12 @@ class World:
     # --- What outlives ----------------------------------------------------------------------------
 
     def commit(self, batch: RegistryBatch) -> None:
+        for key, blob in batch.auto_responses.items():
+            if blob is None:
+                self.rules.pop(key, None)
+            else:
+                self.rules[key] = blob
+        self.gateway.rules.saved(batch.auto_responses)
         for number, opened in batch._opened.items():
             _, name, _, party, room, uri, accepted, address = opened
             self.rows[number] = Row(number, party, room, name, uri, accepted, (), None, None, address)
@@ -328,6 +353,15 @@ class World:
             return
 
     next_kills: tuple[int, ...] = ()
+
+    def hand_over(self) -> None:
+        """A gateway that rests ends, and the next one takes over; steps are counted on."""
+        before = self.kill
+        self.succeed(((before.at - before.steps), *self.next_kills) if before.at else ())
+        self.deaths -= 1
+        self.kill.steps += before.steps
+        if self.kill.at:
+            self.kill.at += before.steps
 
     # --- The host ---------------------------------------------------------------------------------
 
@@ -380,6 +414,19 @@ class World:
             results.append([wire.EFFECTS, effects])
         if results:
             self.say(results)
+        for number in self.asked:
+            self.answer(number)
+
+    def answer(self, number: int) -> None:
+        """A client may expect the automatic responses that wait for no turn any more."""
+        asked = self.asked[number]
+        while asked and (wire.CONNECT, number, 0) in self.ended_turns:
+            first = asked[0]
+            if isinstance(first, bytes):
+                self.expected[number].append(first)
+            elif (wire.MESSAGE, number, first) not in self.ended_turns:
+                return
+            asked.popleft()
 
     # --- What happens -----------------------------------------------------------------------------
 
@@ -397,10 +444,10 @@ class World:
         table = gateway.connections
 
         def store() -> None:
-            room = gateway.rooms.by_key.get(ROOM)
-            if room is None:
-                room = gateway.rooms.by_key[ROOM] = RoomRecord(ROOM, self.party, 0)
+            room = gateway.rooms.record(ROOM, self.party, 0)
             slot = table.allocate(number, sock, room, wire.make_card(f"c{number}", "", b""), 0)
+            if number in WINDOWS:
+                table.agree(slot, WINDOWS[number])
             table.watch(sock.fileno(), slot)
             table.index(slot, f"c{number}")
             gateway.lifecycle.introduce(slot, Newcomer(ANSWER, len(HEAD), b"", f"c{number}", "", ""))
@@ -419,6 +466,7 @@ class World:
         self.received[number] = bytearray()
         self.expected[number] = [ANSWER]
         self.tags[number] = set()
+        self.asked[number] = deque()
         self.run(gateway.lifecycle.committed, [(slot, number)])
 
     def open(self) -> list[int]:
@@ -427,17 +475,42 @@ class World:
 
     def message(self, number: int, size: int) -> None:
         """A client sends a message."""
-        frame = encode_frame(TEXT, b"m" * size)
-        self.clients[number].send(frame)
+        payload, rsv = b"m" * size, 0
+        if number in WINDOWS:
+            payload, rsv = deflate.deflate(payload, 15), 4
+        self.transmit(number, encode_frame(TEXT, payload, rsv=rsv))
+        self.asked[number].append(self.sent_bytes[number])
         self.run(self.gateway.look)
+
+    def ask(self, number: int, size: int) -> None:
+        """A client sends what is answered automatically."""
+        what = "?" if size < 100 else "?long"
+        if what == "?long":
+            self.transmit(number, encode_frame(TEXT, what.ljust(size, "z").encode()))
+        elif number % 2:
+            self.transmit(number, encode_frame(TEXT, b"?", fin=False) + encode_frame(CONTINUATION))
+        else:
+            self.transmit(number, encode_frame(TEXT, b"?"))
+        self.asked[number].append(encode_message(REPLIES[what]))
+        self.answer(number)
+        self.run(self.gateway.look)
+
+    def transmit(self, number: int, data: bytes) -> None:
+        assert self.clients[number].send(data) == len(data)
+        self.sent_bytes[number] += len(data)
 
     def leave(self, number: int, how: str) -> None:
         """A client ends its connection."""
+        if (wire.CONNECT, number, 0) not in self.ended_turns:
+            return
         self.closing.add(number)
         if how == "close":
-            self.expected[number].append(b"\x88\x02\x03\xe8")
+            self.asked[number].append(b"\x88\x02\x03\xe8")
+            self.answer(number)
             self.clients[number].send(encode_frame(CLOSE, b"\x03\xe8"))
         else:
+            if not any(isinstance(each, bytes) for each in self.asked[number]):
+                self.asked[number].clear()  # else the end is not read before what has to be answered
             self.clients[number].shutdown(socket.SHUT_WR)
         self.run(self.gateway.look)
 
@@ -445,12 +518,16 @@ class World:
         """An effect, with what it lets clients expect."""
         slot = self.slots[number]
         text = f"{kind} {self.link.sent} {number} ".ljust(size, "x")
+        if size >= 3000:
+            text = (text[:40] + random.Random(size + self.link.sent).randbytes(size).hex())[:size]
         if kind == "send":
             if number in self.open():
                 self.expected[number].append(encode_message(text))
             return [wire.SEND, slot, number, text]
         if kind == "broadcast":
-            for each in self.open():
+            # One whose Close waits for turns is still a member.
+            leaving = [each for each in self.closing if self.asked[each]]
+            for each in [*self.open(), *leaving]:
                 if not tag or tag in self.tags[each]:
                     self.expected[each].append(encode_message(text))
             return [wire.BROADCAST, ROOM, text, [], [tag] if tag else [], [], []]
@@ -460,9 +537,15 @@ class World:
             return [wire.TAGS, slot, number, wire.tags_blob([tag] if tag else [])]
         if kind == "state":
             return [wire.STATE, slot, number, text.encode()]
+        if kind == "rule":
+            self.own_rules.pop(tag, None)
+            if size > 20:
+                self.own_rules[tag] = text[:40]
+            return [wire.AUTO, ROOM, f"#{tag}", self.own_rules.get(tag), False, 16]
         assert kind == "shut"
         if number in self.open():
             self.closing.add(number)
+            self.asked[number].clear()
             self.expected[number].append(b"\x88\x04\x0f\xa0ok")
         return [wire.SHUT, slot, number, 4000, "ok"]
 
@@ -485,13 +568,17 @@ class World:
                 self.read(number)
             self.run(self.gateway.look)
             if sum(map(len, self.received.values())) == before and not self.gateway.sender.total_bytes:
-                return
+                if not any(map(unread, self.kept.values())):
+                    return
+                select.select(list(self.clients.values()), [], [], 0.25)  # a window opens in the end
 
     def check(self) -> None:
         """Each client has got what it had to, once, whole and in order; each row and slot is accounted
         for."""
         for number, frames in self.expected.items():
             wanted, got = b"".join(frames), bytes(self.received[number])
+            if number in WINDOWS:
+                wanted, got = plain(wanted), plain(got)
             if got != wanted:
                 at = next(
                     (
@@ -505,6 +592,9 @@ class World:
                     f"client {number}, from byte {at}: {got[at : at + 80]!r} in place of"
                     f" {wanted[at : at + 80]!r} ({len(got)} bytes of {len(wanted)})"
                 )
+        self.gateway.commit()
+        kept = loads(self.rules[ROOM]) if ROOM in self.rules else []
+        assert kept == [[f"#{tag}", reply, False] for tag, reply in self.own_rules.items()]
         table = self.gateway.connections
         held = {table.number[slot] for slot in range(len(table)) if table.phase[slot] != FREE}
         still = {number for number in self.clients if (wire.CLOSE, number, 0) not in self.ended_turns}
@@ -517,11 +607,34 @@ class World:
                 )
 
     def end(self) -> None:
+        deflate._LEVEL = 1
         self.gateway.end()
         for each in (*self.clients.values(), *self.kept.values(), self.listener):
             each.close()
         for descriptor in self.memory.values():
             os.close(descriptor)
+
+
+def unread(sock: socket.socket) -> bool:
+    """Whether the kernel holds something that the peer has not taken, and may take."""
+    here = position(sock)
+    return not here.ended and int.from_bytes(fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(4)), "little") > 0
+
+
+def plain(stream: bytes) -> bytes:
+    """What a server has sent behind its 101, with every frame as it would be without compression."""
+    head, rest = stream[: len(ANSWER)], stream[len(ANSWER) :]
+    frames = [head]
+    while rest:
+        form = rest[1] if len(rest) > 1 else 0
+        header = 2 if form < 126 else 4 if form == 126 else 10
+        size = form if form < 126 else int.from_bytes(rest[2:header], "big")
+        frame, rest = rest[: header + size], rest[header + size :]
+        if frame[0] & 0x40 and len(frame) == header + size:
+            text = deflate.inflate([frame[header:]], 1 << 20)
+            frame = encode_message(text.decode() if frame[0] & 1 else text)
+        frames.append(frame)
+    return b"".join(frames)
 
 
 Step = tuple[str, int, int, str]
@@ -536,15 +649,19 @@ steps = st.lists(
                 "broadcast",
                 "tag",
                 "state",
+                "rule",
                 "shut",
                 "message",
                 "message",
+                "ask",
+                "ask",
                 "leave",
                 "commit",
                 "read",
                 "turns",
                 "turns",
                 "rewrite",
+                "rest",
             ]
         ),
         st.integers(0, 5),
@@ -562,19 +679,31 @@ EVERYTHING: list[Step] = [
     ("connect", 0, 0, ""),
     ("turns", 0, 0, ""),
     ("message", 0, 20, ""),
+    ("ask", 0, 1, ""),
     ("message", 0, 3000, ""),
+    ("ask", 0, 126, ""),
+    ("ask", 1, 1, ""),
+    ("ask", 1, 3000, ""),
     ("send", 0, 20, ""),
     ("broadcast", 0, 20_000, ""),
     ("tag", 1, 0, "a"),
     ("broadcast", 0, 20_000, "a"),
     ("turns", 0, 0, ""),
     ("read", 1, 0, ""),
+    ("ask", 1, 3000, ""),
+    ("rule", 0, 126, "a"),
+    ("rule", 0, 126, "b"),
     ("send", 1, 3000, ""),
+    ("rule", 0, 1, "a"),
     ("state", 2, 20, ""),
     ("tag", 2, 0, "a"),
     ("broadcast", 0, 126, "a"),
     ("turns", 0, 0, ""),
     ("rewrite", 0, 0, ""),
+    ("message", 0, 20, ""),
+    ("rest", 0, 0, "a"),
+    ("turns", 0, 0, ""),
+    ("ask", 2, 1, ""),
     ("message", 1, 1, ""),
     ("broadcast", 0, 20_000, ""),
     ("shut", 2, 0, ""),
@@ -587,10 +716,10 @@ EVERYTHING: list[Step] = [
 ]
 
 
-def play(folder: Path, script: list[Step], kills: tuple[int, ...]) -> tuple[int, int]:
+def play(folder: Path, script: list[Step], kills: tuple[int, ...], **options: Any) -> tuple[int, int]:
     """Act it out with a gateway that is killed at a step, and successors at others; gives steps and
     deaths."""
-    world = World(folder, outbox_bytes_max=1 << 20)
+    world = World(folder, outbox_bytes_max=1 << 20, **options)
     world.kill.at = kills[0] if kills else 0
     world.next_kills = kills[1:]
     effects: list[list[Any]] = []
@@ -612,12 +741,22 @@ def play(folder: Path, script: list[Step], kills: tuple[int, ...]) -> tuple[int,
             if what == "rewrite":
                 world.run(rewrite, world)
                 continue
+            if what == "rest":
+                if not effects:
+                    if tag:  # nothing waits for a client that does not read
+                        world.flow()
+                    if world.run(rest, world):
+                        world.hand_over()
+                continue
             if not numbers:
                 continue
             number = numbers[which % len(numbers)]
             if what == "message":
                 if not effects:
                     world.message(number, size)
+            elif what == "ask":
+                if not effects:
+                    world.ask(number, size)
             elif what == "leave":
                 if not effects:
                     world.flow()
@@ -661,15 +800,25 @@ def rewrite(world: World) -> None:
     gateway.ledger.rewrite([*gateway.lifecycle.records(), *gateway.sender.records()])
 
 
-def test_every_step(tmp_path: Path) -> None:
-    """S22: kill before each step in turn."""
-    total, deaths = play(tmp_path, EVERYTHING, ())
+def rest(world: World) -> None:
+    """The gateway stops on purpose: a successor need not ask the kernel (G7)."""
+    gateway = world.gateway
+    rewrite(world)
+    gateway.ledger.rest(memoryview(gateway.connections.written))
+
+
+@pytest.mark.timeout(600)  # some hundred worlds
+@pytest.mark.parametrize("inbox_bytes_max", [96 * 1024, 1024])
+def test_every_step(tmp_path: Path, inbox_bytes_max: int) -> None:
+    """S22: kill before each step in turn; with little room in the inbox, larger messages go by a file."""
+    options = {"inbox_bytes_max": inbox_bytes_max}
+    total, deaths = play(tmp_path, EVERYTHING, (), **options)
     assert deaths == 0
     assert total > 200
     died = 0
     for at in range(1, total + 1):
         try:
-            died += play(tmp_path, EVERYTHING, (at,))[1]
+            died += play(tmp_path, EVERYTHING, (at,), **options)[1]
         except AssertionError as error:
             raise AssertionError(f"killed before step {at} of {total}: {error}") from error
     assert died > 0.95 * total  # what comes when differs a little from one time to the next
@@ -682,6 +831,43 @@ def test_any_script_and_kills(
 ) -> None:
     """S22, S34: also when the successor is killed while it takes over."""
     play(tmp_path_factory.mktemp("world"), script, tuple(kills))
+
+
+@pytest.mark.parametrize("dies", ["gateway", "host"])
+def test_nothing_is_sent_behind_a_gap(tmp_path: Path, dies: str) -> None:
+    """S22: who has ended his side gets no answers, also from those who run his other messages again."""
+    world = World(tmp_path)
+    try:
+        world.connect()
+        world.turns([])
+        world.message(1, 20)
+        world.message(1, 20)
+        world.leave(1, "end")
+        world.flow()
+        slot = world.slots[1]
+
+        def answer() -> None:
+            assert world.gateway.host is not None
+            event = world.gateway.host.events.popleft()
+            assert event[0] == wire.MESSAGE
+            world.say([[wire.TURN, slot, 1, event[6], [[wire.SEND, slot, 1, "an answer"]]]])
+
+        answer()
+        if dies == "gateway":
+            world.succeed()
+        else:
+            assert world.gateway.host is not None
+            world.gateway.lifecycle.host_gone(world.gateway.host)
+            world.relink()
+        world.flow()
+        answer()
+        world.flow()
+        assert world.received[1] == ANSWER
+        assert world.gateway.host is not None
+        [ended] = world.gateway.host.events
+        assert (ended[0], ended[9]) == (wire.CLOSE, "client_gone")
+    finally:
+        world.end()
 
 
 def test_several_deaths_in_a_row(tmp_path: Path) -> None:

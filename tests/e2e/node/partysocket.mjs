@@ -3,7 +3,8 @@
 // {"do": "open", "socket": name, "options": {…}, "queries": [{…}, …]} makes a PartySocket; `queries` makes its
 // query a function that gives one after the other, then the last again. "send" sends `messages`: {"text": …} or
 // {"base64": …}. "record" tells what has happened, "close" and "reconnect" call those methods, and "fetch" is
-// PartySocket.fetch. Peer: tests/e2e/test_partysocket.py.
+// PartySocket.fetch. "address" tells where a socket with these options would go, and "fetch address" where
+// PartySocket.fetch would. Peers: tests/e2e/test_client.py and tests/e2e/test_partysocket.py.
 
 import { createInterface } from "node:readline";
 import PartySocket from "partysocket";
@@ -35,6 +36,16 @@ function open({ socket: name, options, queries }) {
 
 async function obey(order) {
   if (order.do === "open") return open(order);
+  if (order.do === "address") {
+    const socket = new PartySocket({ ...order.options, startClosed: true, WebSocket });
+    if (!socket.room && !socket.basePath) throw new Error("nowhere");
+    const url = typeof socket._url === "string" ? socket._url : await socket._url();
+    return { url: new URL(url).href, id: socket.id };
+  }
+  if (order.do === "fetch address") {
+    const url = await PartySocket.fetch({ ...order.options, fetch: (url) => url });
+    return { url: new URL(url).href };
+  }
   if (order.do === "fetch") {
     const response = await PartySocket.fetch(order.options, order.init);
     return {
