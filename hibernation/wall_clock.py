@@ -6,10 +6,11 @@ due is never early by the wall clock, and at most so late when it was set forwar
 """
 
 from math import ceil, inf
-from time import time
 from typing import Final
 
 import trio
+
+from storage.clock import now
 
 __all__ = ["LOOK_SECONDS", "from_now_ms", "now_ms", "wait_until_ms"]
 
@@ -19,12 +20,12 @@ LOOK_SECONDS: Final = 1.0
 
 def now_ms() -> int:
     """Whole milliseconds since 1970, UTC."""
-    return int(time() * 1000)
+    return int(now() * 1000)
 
 
 def from_now_ms(delay_ms: float) -> int:
     """The time that is so many milliseconds away, rounded up."""
-    return ceil(time() * 1000 + delay_ms)
+    return ceil(now() * 1000 + delay_ms)
 
 
 async def wait_until_ms(due_ms: int | None, wanted: trio.Event) -> None:

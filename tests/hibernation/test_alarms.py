@@ -110,7 +110,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr("hibernation.alarms.uniform", lambda low, high: 1.0)
     monkeypatch.setattr("hibernation.turns.log", Log())
     monkeypatch.setattr("hibernation.alarms.log", Log())
-    monkeypatch.setattr(hibernation.wall_clock, "time", lambda: NOW + trio.current_time() - zero[0] + jump[0])
+    monkeypatch.setattr(hibernation.wall_clock, "now", lambda: NOW + trio.current_time() - zero[0] + jump[0])
     jump[0] = 0.0
     return lines
 
@@ -526,7 +526,7 @@ def test_outside_of_a_turn_nothing_is_set(tmp_path):
 
 def test_points_in_time(monkeypatch):
     """Never early: fractions of a millisecond are rounded up."""
-    monkeypatch.setattr(hibernation.wall_clock, "time", lambda: 1000.0005)
+    monkeypatch.setattr(hibernation.wall_clock, "now", lambda: 1000.0005)
     assert when_ms(0) == 1_000_001
     assert when_ms(1) == 1_001_001
     assert when_ms(0.25) == 1_000_251

@@ -109,7 +109,7 @@ class Disk:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """The wall clock is trio's virtual one, from NOW on."""
-    monkeypatch.setattr(hibernation.wall_clock, "time", lambda: NOW / 1000 + trio.current_time() - START[0])
+    monkeypatch.setattr(hibernation.wall_clock, "now", lambda: NOW / 1000 + trio.current_time() - START[0])
 
 
 START = [0.0]
