@@ -7,6 +7,7 @@
     cli/          the command line
     client/       the Python client, which is imported as `broker.client` alone
     demo/         the app of `broker demo`
+    testing/      the kit that users test their rooms with
 
 The life of rooms is in the package `hibernation`, what is kept on disk in `storage`; imports run one way,
 from here to there. `Request` and `Response` are Quart's, and are imported when they are first asked for:
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from broker.server import Server
 from hibernation.auto_responses import AutoResponse
+from hibernation.crons import Cron
 from hibernation.errors import (
     AppError,
     BrokerError,
@@ -35,6 +37,7 @@ from hibernation.errors import (
 from hibernation.mounted import mount
 from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.room_alarms import Alarm
 from hibernation.sse import sse
 from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
 
@@ -49,6 +52,8 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "Alarm",
+    "Cron",
     "AutoResponse",
     "Parties",
     "PartyRooms",

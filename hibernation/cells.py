@@ -14,6 +14,7 @@ import trio
 
 from hibernation.party import Party
 from hibernation.settings import RoomSettings, Settings
+from storage.alarms import AlarmRow
 from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
@@ -82,8 +83,10 @@ class Cell:
     gate = 0
     #: The shard of those writes.
     shard = -1
-    #: Everything stored before `pending` is to be deleted.
+    #: Everything stored before `pending` and `pending_alarms` is to be deleted.
     pending_cleared = False
+    #: Alarms set or deleted, not yet committed: name to row, None for deleted.
+    pending_alarms: "dict[str, AlarmRow | None] | None" = None
     #: Attempts to start that failed, since when, and when to try again; 0: at once; infinity: in quarantine.
     failures = 0
     failing_since = 0.0

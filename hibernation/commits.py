@@ -19,6 +19,7 @@ Invariants:
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 from cbor2 import dumps
@@ -27,7 +28,9 @@ from hibernation import wire
 from hibernation.cells import Batch, Cell
 from hibernation.logs import get_logger
 from hibernation.room import Connection, Turn
+from storage.alarms import AlarmRow
 from storage.blame import BlameBatch
+from storage.crons import CronRow
 from storage.errors import CommitRefused
 from storage.shards import Row, Shard, ShardBatch
 from storage.writer import Writer
@@ -78,8 +81,10 @@ class Commits:
         self.count = 0
         #: Why the disk refuses what is to be committed; None: it does not.
         self.paused: str | None = None
-        # Set by the host: says that what runs has nothing to do with the end that comes.
+        # Set by the host: says that what runs has nothing to do with the end that comes; told of each commit
+        # that sets alarms, with its shard and the first of their due times.
         self.absolve: Callable[[], None] = lambda: None
+        self.alarms_stored: Callable[[int, int], None] = lambda _shard, _due_ms: None
 
     @property
     def idle(self) -> bool:
@@ -125,6 +130,7 @@ class Commits:
             batch.clear(cell.key)
             cell.pending.clear()
             cell.pending_cleared = True
+            cell.pending_alarms = None
             assert cell.room is not None
             cell.room._pending_cleared = True
         writes = turn.writes
@@ -135,8 +141,19 @@ class Commits:
                 else:
                     batch.put(cell.key, name, blob)
             cell.pending.update(writes)
+        if turn.alarms:
+            self._stage_alarms(cell, turn.alarms, batch)
         cell.gate = forming.number
         forming.cells.add(cell)
+
+    def _stage_alarms(self, cell: Cell, changes: dict[str, AlarmRow | None], batch: ShardBatch) -> None:
+        batch.alarming.stage(cell.key, changes)
+        if cell.pending_alarms is None:
+            cell.pending_alarms = {}
+        cell.pending_alarms.update(changes)
+        dues = [row.due_ms for row in changes.values() if row is not None and not row.failed]
+        if dues:
+            self._forming.after.append(partial(self.alarms_stored, cell.shard, min(dues)))
 
     def hold(
         self, cell: Cell, result: list[Any], edits: list[tuple[Cell, Connection]], size_bytes: int = 0
@@ -330,6 +347,20 @@ class Commits:
         self._forming.cells.add(cell)
         return blaming
 
+    def claim_tick(self, index: int, row: CronRow, action: Callable[[CronRow], None] | None) -> None:
+        """Have the next commit of this shard say that a tick of a cron is run; then call `action`, if there
+        is one, also when the gateway has gone meanwhile.
+        """
+        forming = self._forming
+        batch = forming.shards.get(index)
+        if batch is None:
+            batch = forming.shards[index] = ShardBatch()
+        batch.crons[row.name] = row
+        if action is None:
+            forming.after.append(_nothing)
+        else:
+            forming.lasting.append(partial(action, row))
+
     def when_stored(self, action: Callable[[], None]) -> None:
         """Call `action` when all that has been staged is on disk; the commit begins with the next round."""
         self._forming.after.append(action)
@@ -365,6 +396,7 @@ class Commits:
                 cell.gate = 0
                 cell.pending.clear()
                 cell.pending_cleared = False
+                cell.pending_alarms = None
                 if cell.room is not None:
                     cell.room._pending_cleared = False
         self._released(batch)
@@ -379,6 +411,10 @@ class Commits:
         self.absolve()
         log.critical("commit failed: this host ends, its events are delivered again", error=repr(error))
         os._exit(os.EX_IOERR)
+
+
+def _nothing() -> None:
+    """What is to be done when something has been stored for whoever comes next."""
 
 
 def _checkpoint(shards: list[Shard]) -> None:

@@ -3,12 +3,12 @@
 Owns the look at one cell of the pool. Changes nothing and wakes nothing.
 """
 
-from time import monotonic
 from types import CodeType, CoroutineType, FrameType
 from typing import Any
 
 from hibernation.cells import Cell, Worker
 from hibernation.pool import Pool
+from storage.clock import monotonic
 
 __all__ = ["explain"]
 

@@ -39,12 +39,14 @@ import trio
 from outcome import Value
 
 from hibernation import wire
+from hibernation.alarms import Alarms
 from hibernation.background import CLEAN_UP_SECONDS, Background
 from hibernation.blame import Blame
 from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
+from hibernation.crons import Crons, main_party
 from hibernation.errors import RoomGone, UnknownParty
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
@@ -99,7 +101,13 @@ log = get_logger("host")
 class Host:
     """See the module; `serve` runs one. It is also what rooms reach the world through (`room.Backstage`)."""
 
-    def __init__(self, config: HostConfig, parties: list[Party], env: dict[str, str]) -> None:
+    def __init__(
+        self,
+        config: HostConfig,
+        parties: list[Party],
+        env: dict[str, str],
+        writer: Callable[[str], Writer] = Writer,
+    ) -> None:
         settings = config.settings
         self.config = config
         self._descriptions = [party.describe() for party in parties]
@@ -112,7 +120,7 @@ class Host:
         for index in config.shards:
             self._shards[index] = Shard(config.data, index, durability=settings.durability)
         self._blame = Blame(config, self._shards, code_of(parties))
-        self._writer = Writer("shards")
+        self._writer = writer("shards")
         self._epoll = epoll()
         self._epoll.register(self._writer.fd, EPOLLIN)
         self._socket: socket.socket | None = None
@@ -184,11 +192,39 @@ class Host:
             self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
         )
         self._commits.absolve = self._blame.running.absolve
+        self._alarms = Alarms(
+            self._shards, self._kinds, self._pool, self._commits, settings.alarms_in_flight_max
+        )
+        self._crons = Crons(
+            main_party(parties),
+            self._shards,
+            settings,
+            lambda: self._exchanges.lobby(self._kinds["main"], None),
+            self._pool,
+            self._commits,
+            self._flush,
+            self._turns.log_failure,
+        )
+        self._turns.alarms = self._blame.alarms = self._alarms
+        self._commits.alarms_stored = self._alarms.stored
+        # What rooms ask of alarms (`room_alarms.AlarmSource`).
+        self.check_alarms = self._alarms.check_alarms
+        self.read_alarm = self._alarms.read_alarm
+        self.read_alarms = self._alarms.read_alarms
+        self.count_alarms = self._alarms.count_alarms
         for index, shard in self._shards.items():
             for row, items in shard.rows():
                 self._put_row(index, row, items)
 
     # --- Life of the process ----------------------------------------------------------------------
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Serve whatever gateway there is, in tasks of this nursery."""
+        self._nursery = self._background.nursery = nursery
+        nursery.start_soon(self._serve_gateways)
+        nursery.start_soon(self._tidy)
+        nursery.start_soon(self._alarms.run)
+        nursery.start_soon(self._crons.run)
 
     async def run(self) -> None:
         """Serve until SIGTERM; then end the turns under way, release their effects, and return."""
@@ -199,10 +235,8 @@ class Host:
         ended_well = False
         try:
             async with trio.open_nursery() as nursery:
-                self._nursery = self._background.nursery = nursery
-                nursery.start_soon(self._serve_gateways)
+                self.begin(nursery)
                 nursery.start_soon(self._beat)
-                nursery.start_soon(self._tidy)
                 with trio.open_signal_receiver(signal.SIGTERM) as signals:
                     async for _ in signals:
                         break
@@ -232,6 +266,8 @@ class Host:
             link = await self._connect()
             if link is not None:
                 self._serve(link)
+                self._alarms.open()
+                self._crons.open()
                 await self._pool.run()
                 self._forget()  # also what was still said while tasks came to their end
                 await self._finish_commits()
@@ -325,6 +361,8 @@ class Host:
         numbers mean other things; and it knows all values that they leave with it. Questions that somebody
         still waits for, it is asked again.
         """
+        self._alarms.close()
+        self._crons.close()
         self._outgoing.clear()
         self._out = [item for item in self._out if item[0] in _RESULTS]
         self._out_edits.clear()
@@ -362,7 +400,11 @@ class Host:
         left = began + drain - trio.current_time()
         with trio.move_on_after(max(left, min(drain, LAST_TURNS_SECONDS))):
             while (  # noqa: ASYNC110
-                self._pool.busy or self._exchanges.busy or self._background.busy or not self._commits.idle
+                self._pool.busy
+                or self._exchanges.busy
+                or self._background.busy
+                or self._crons.busy
+                or not self._commits.idle
             ):
                 await trio.sleep(RECONNECT_SECONDS)
         await self._end_background()
@@ -678,6 +720,8 @@ class Host:
             "commits": self._commits.count,
             "paused": self._commits.paused,
             **self._blame.counts(),
+            **self._alarms.counts(),
+            **self._crons.counts(),
         }
 
     # --- What `room.Backstage` promises -----------------------------------------------------------
@@ -787,14 +831,14 @@ class Host:
         self, caller: str, key: str, fields: dict[str, Any], *, in_turn: bool, settings: Settings
     ) -> list[Any]:
         """Have another room answer. Cancelled: its turn is cancelled, too."""
-        cell = self._pool.cells.get(caller) if in_turn else None
+        cell = self._pool.cells.get(caller)
         kind = self._kinds[caller.partition("/")[0]]
         serial = in_turn and getattr(kind.cls, "concurrency", "serial") == "serial"
         answer = ["late"]
         with trio.move_on_after(settings.fetch_timeout):
             if cell is not None and cell.gate:
-                # What earlier turns wrote, and this one may have read, must not be told before it is on disk
-                # (H2).
+                # What earlier turns wrote, and who asks may have read, must not be told before it is on disk
+                # (H2); that holds for a stream, too.
                 stored = trio.Event()
                 self._commits.after(cell, stored.set)
                 self._flush()
@@ -812,7 +856,7 @@ class Host:
                     self._flush()
                     raise
         if answer[0] == "retiring":
-            if cell is not None:
+            if cell is not None and in_turn:
                 cell.abandoned = True  # the turn is not waited for, and the next host runs it again
             await trio.sleep_forever()
         return answer

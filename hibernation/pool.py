@@ -19,7 +19,6 @@ import resource
 from collections import deque
 from collections.abc import Awaitable, Callable
 from math import inf
-from time import monotonic
 from types import CoroutineType
 from typing import Any, Final, Protocol
 from weakref import WeakValueDictionary
@@ -37,6 +36,7 @@ from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
 from hibernation.suspension import watched
+from storage.clock import monotonic
 
 #: Rooms whose last waking is remembered, for `broker rooms` and the admin pages.
 RECENT_ROOMS: Final = 1024
@@ -45,6 +45,8 @@ RETRY_FIRST_SECONDS: Final = 0.1
 RETRY_LAST_SECONDS: Final = 10.0
 #: How often the clock looks while something is due: idle rooms, turns under way, rooms to start again.
 CLOCK_SECONDS: Final = 0.05
+#: How often it looks while nothing is.
+REST_SECONDS: Final = 1.0
 #: Workers that wait for something to do; further ones end.
 PARKED_MAX: Final = 64
 #: How often, at most, a room that stays while it has connections asks whether it has.
@@ -474,7 +476,7 @@ class Pool:
         overlap.workers += 1
         cell.running = True
         worker.cell = cell
-        if overlap.may_take(cell.events) and (cell.started or await self._wake(cell, worker, overlap)):
+        if overlap.may_take(cell.events) and await self._is_awake(cell, worker, overlap):
             budget = self._settings.turns_per_room_burst
             room = cell.room
             assert room is not None
@@ -506,8 +508,12 @@ class Pool:
         if self.probation is not None:
             self._rested(self.probation, cell)
 
-    async def _wake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
-        """Construct and start a room; nothing of it runs beside that. False: it is tried again later."""
+    async def _is_awake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
+        """Construct and start a room, if it is not awake; nothing of it runs beside that. False: it is tried
+        again later.
+        """
+        if cell.server is not None and cell.started:
+            return True
         overlap.starting = True
         try:
             if cell.server is None and not self._construct(cell, worker):
@@ -758,7 +764,7 @@ class Pool:
     async def _clock(self) -> None:
         look_at_memory = 0.0
         while True:
-            with trio.move_on_after(1):
+            with trio.move_on_after(REST_SECONDS):
                 await self._clock_wanted.wait()
             now = monotonic()
             self._evict_idle(now)

@@ -17,13 +17,13 @@ Invariants:
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Final
 
 from hibernation import wire
 from hibernation.cells import Cell, Event
 from hibernation.running import Mark, mark_of, mark_of_start
 from hibernation.suspects import Suspect, Suspects, Verdict
+from storage.clock import monotonic
 
 __all__ = ["Errand", "Probation"]
 

@@ -11,7 +11,7 @@ connections onto these, where they are counted in `_edits` until the gateway kno
 room read them, and not the older ones that an event may still carry.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from json import dumps as dump_json
@@ -21,8 +21,11 @@ from cbor2 import loads
 
 from hibernation import wire
 from hibernation.auto_responses import AutoResponse
+from hibernation.done import Done as _Done
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
+from hibernation.room_alarms import AlarmMethods, AlarmSource
 from hibernation.settings import Settings
+from storage.alarms import AlarmRow
 from storage.shards import key_bytes
 from storage.values import decode, encode
 
@@ -47,7 +50,19 @@ Task = tuple[Callable[..., Any], tuple[Any, ...]]
 class Turn:
     """What one turn has staged. Made for every message."""
 
-    __slots__ = ("bytes", "cleared", "edits", "effects", "evict", "room", "stored", "tasks", "writes")
+    __slots__ = (
+        "alarm",
+        "alarms",
+        "bytes",
+        "cleared",
+        "edits",
+        "effects",
+        "evict",
+        "room",
+        "stored",
+        "tasks",
+        "writes",
+    )
 
     def __init__(self, room: "Room | None") -> None:
         #: None: it has ended, and nothing may be staged any more.
@@ -60,6 +75,10 @@ class Turn:
         #: By key: None means deleted. What was stored before is to be deleted first if `cleared`.
         self.writes: dict[str, Blob] | None = None
         self.cleared = False
+        #: Alarms, by name: None means deleted.
+        self.alarms: dict[str, AlarmRow | None] | None = None
+        #: The name of the alarm that it runs.
+        self.alarm: str | None = None
         #: What is to become of connections.
         self.edits: dict[Connection, Edit] | None = None
         #: The room is to be evicted.
@@ -79,7 +98,20 @@ class Turn:
             mine = getattr(self, name)
             setattr(self, name, getattr(part, name))
             setattr(part, name, mine)
+        running = self.alarm = part.alarm
+        if running is not None and part.alarms is not None and part.alarms.get(running, self) is None:
+            # The alarm that runs goes with the end of its turn, and not before.
+            del part.alarms[running]
+            self.set_alarm(running, None)
         return part
+
+    def set_alarm(self, name: str, row: "AlarmRow | None") -> None:
+        """Stage one alarm; None deletes."""
+        alarms = self.alarms
+        if alarms is None:
+            alarms = self.alarms = {}
+            self.stored = True
+        alarms[name] = row
 
     def write(self, key: str, blob: "Blob") -> None:
         """Stage one write; None deletes."""
@@ -119,7 +151,7 @@ def leave_turn() -> None:
     _turn.set(Turn(None))
 
 
-class Backstage(Protocol):
+class Backstage(AlarmSource, Protocol):
     """What a room needs of its host."""
 
     def read(self, key: str, name: str) -> bytes | None:
@@ -147,19 +179,6 @@ class Backstage(Protocol):
     @property
     def switchboard(self) -> "Switchboard":
         """What carries to other rooms."""
-
-
-class _Done:
-    """Already done: awaiting it gives the value at once. What storage writes return."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Any = None) -> None:
-        self._value = value
-
-    def __await__(self) -> Generator[None, None, Any]:
-        yield from ()
-        return self._value
 
 
 _DONE: Final = _Done()
@@ -470,8 +489,8 @@ def check_close(code: int, reason: str) -> tuple[int, str]:
     return int(code), reason
 
 
-class Storage:
-    """The room's own keys and values, kept on disk.
+class Storage(AlarmMethods):
+    """The room's own keys and values, and its alarms, kept on disk.
 
     Writes take effect at the call, for this turn's and later turns' reads, and are durable when the turn's
     effects leave; a turn that fails leaves nothing of them. What they return may be awaited, and need not be.
@@ -557,9 +576,9 @@ class Storage:
         return _Done(count)
 
     def delete_all(self) -> _Done:
-        """Remove everything that the room has stored."""
+        """Remove everything that the room has stored, its alarms too."""
         turn = self._room._staging()
-        turn.writes = None
+        turn.writes = turn.alarms = None
         turn.cleared = turn.stored = True
         return _DONE
 
@@ -726,7 +745,7 @@ class Room:
 
     @property
     def storage(self) -> Storage:
-        """The room's keys and values."""
+        """The room's keys and values, and its alarms."""
         storage = self._storage
         if storage is None:
             storage = self._storage = Storage(self)
@@ -959,6 +978,11 @@ class Room:
         turn = self._staging()
         self._count(turn, size)
         turn.effects.append(effect)
+
+    def _own_turn(self) -> Turn | None:
+        """The running turn, if it is one of this room, and nothing that an earlier one has left."""
+        turn = _turn.get()
+        return turn if turn.room is self else None
 
     def _count(self, turn: Turn, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""

@@ -178,7 +178,43 @@ def shard_3_dead_letters(database: "Database") -> None:
     )
 
 
+def shard_4_alarms(database: "Database") -> None:
+    """Alarms of rooms, clustered by room and name; and the last tick of each cron.
+
+    Times are milliseconds since 1970. Only what is to be run is in the indexes by due time, which hold all
+    that is asked of them: rooms are woken from these alone.
+    """
+    database.execute(
+        """
+        CREATE TABLE alarms (
+            room TEXT NOT NULL,
+            name TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            due_ms INTEGER NOT NULL,
+            scheduled_ms INTEGER NOT NULL,
+            payload BLOB,
+            attempt INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            reason TEXT NOT NULL,
+            PRIMARY KEY (room, name)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute("CREATE INDEX alarms_by_due ON alarms (due_ms, number, failed) WHERE failed = 0")
+    database.execute("CREATE INDEX alarms_of_room ON alarms (room, due_ms, number, failed) WHERE failed = 0")
+    database.execute("CREATE INDEX alarms_failed ON alarms (failed, room) WHERE failed = 1")
+    database.execute(
+        """
+        CREATE TABLE crons (
+            name TEXT PRIMARY KEY,
+            schedule TEXT NOT NULL,
+            last_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+
+
 REGISTRY = Schema(
     "registry", (registry_1_connections_and_tags, registry_2_addresses, registry_3_auto_responses)
 )
-SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters))
+SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_4_alarms))

@@ -7,6 +7,7 @@
     options.py       every option, its default and its bounds (pure)
     lifecycle.py     when to connect, when to wait, when to give up (pure)
     buffers.py       what waits to be sent, and to be read (pure)
+    asking.py        what the user's functions answer, in time
     transport.py     one connection, on trio-websocket
     errors.py        what is raised
 

@@ -142,11 +142,13 @@ def parameters_of(given: object) -> list[tuple[str, str]]:
     elif isinstance(given, Iterable) and not isinstance(given, str | bytes):
         pairs = given
     else:
-        raise TypeError(f"a query is a mapping, pairs, or a function that gives such, not {given!r}")
+        raise TypeError(
+            f"a query is a mapping, pairs, or a function that gives such, not {type(given).__name__}"
+        )
     found = []
     for pair in pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], str):
-            raise TypeError(f"a parameter of a query is a name (str) and a value, not {pair!r}")
+            raise TypeError("a parameter of a query is a pair of a name (str) and a value")
         name, value = pair
         if value is None:
             continue
@@ -155,7 +157,8 @@ def parameters_of(given: object) -> list[tuple[str, str]]:
         elif isinstance(value, int):
             value = str(value)
         elif not isinstance(value, str):
-            raise TypeError(f"the value of {name!r} in a query is str, int, bool or None, not {value!r}")
+            kind = type(value).__name__  # and not the value itself: it may be a secret
+            raise TypeError(f"the value of {name!r} in a query is str, int, bool or None, not {kind}")
         if name == "_pk":
             raise AddressError(
                 "query", "_pk", "the connection's id has its own argument", "give id=… instead"
@@ -269,5 +272,5 @@ def _form(text: str) -> str:
         return quote_plus(text, safe="*").replace("~", "%7E")
     except UnicodeEncodeError:
         raise AddressError(
-            "query", text, "a lone surrogate is no character", "decode it as what it is"
+            "query", "…", "a lone surrogate is no character", "decode it as what it is"
         ) from None

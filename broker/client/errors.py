@@ -91,7 +91,8 @@ class Refused(ConnectError):
             title = f"{status} {HTTPStatus(status).phrase}"
         except ValueError:
             title = str(status)
-        text = " ".join(body.decode(errors="replace").split())[:_SHOWN_BODY_CHARACTERS]
+        shown = " ".join(body[: 4 * _SHOWN_BODY_CHARACTERS].decode(errors="replace").split())
+        text = "".join(c if c.isprintable() else "?" for c in shown[:_SHOWN_BODY_CHARACTERS])
         super().__init__(
             url, f"the server answered {title}" + (f": {text}" if text else ""), self._remedy_of(status)
         )

@@ -9,10 +9,8 @@ its cancel scope or by the close order; the task alone changes it for what happe
 wait the task looks at the state anew.
 """
 
-import inspect
 import logging
 import random
-import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from types import TracebackType
 from typing import Any, Final, Literal, Self, Unpack
@@ -20,8 +18,9 @@ from typing import Any, Final, Literal, Self, Unpack
 import trio
 
 from broker.client.addresses import endpoint_of, parameters_of, url_of
+from broker.client.asking import checked_close, resolve_protocols, resolve_query
 from broker.client.buffers import Closed, Event, Inbox, Opened, SendBuffer
-from broker.client.errors import ConnectError, QueryFailed, Refused, RetriesExhausted, SocketClosed
+from broker.client.errors import ConnectError, Refused, RetriesExhausted, SocketClosed
 from broker.client.http import RESPONSE_BYTES_MAX, TIMEOUT_SECONDS, FetchResponse, fetch
 from broker.client.lifecycle import Lifecycle, State
 from broker.client.options import AddressOptions, Options, SocketOptions
@@ -32,13 +31,8 @@ __all__ = ["PartySocket"]
 
 log: Final = logging.getLogger("broker.client")
 
-REASON_BYTES_MAX: Final = 123  # RFC 6455, section 5.5: 125 less the code
 
 _HTTP: Final[dict[str, Literal["http", "https"]]] = {"ws": "http", "wss": "https"}
-
-_CODES: Final = frozenset({1000, 1001, 1002, 1003, *range(1007, 1015)})
-
-_token = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+").fullmatch
 
 
 class PartySocket:
@@ -365,7 +359,7 @@ class PartySocket:
         `broker.client.fetch`.
         """
         options = self._options
-        own = await _resolve_query(options)
+        own = await resolve_query(options)
         return await fetch(
             options.host,
             options.room,
@@ -428,12 +422,12 @@ class PartySocket:
     async def _plan(self) -> Plan:
         """What the next attempt needs, with functions asked."""
         options = self._options
-        query = await _resolve_query(options)
+        query = await resolve_query(options)
         url = url_of(options.room_url, [("_pk", self.id), *query])
         return Plan(
             url=url,
             endpoint=endpoint_of(url),
-            protocols=await _resolve_protocols(options),
+            protocols=await resolve_protocols(options),
             headers=dict(options.headers or {}),
             ssl_context=options.ssl_context,
             connect_timeout=options.connect_timeout_seconds,
@@ -598,48 +592,3 @@ class _Owner:
         while self._socket._close_order is None:
             await self._socket._changed.park()
         return self._socket._close_order
-
-
-async def _resolve_query(options: Options) -> list[tuple[str, str]]:
-    """The parameters of the query, the function asked if it is one."""
-    query = options.query
-    return parameters_of(await _ask("query", query, options) if callable(query) else query)
-
-
-async def _resolve_protocols(options: Options) -> list[str]:
-    """The subprotocols to offer, the function asked if it is one."""
-    protocols: Any = options.protocols
-    if callable(protocols):
-        protocols = await _ask("protocols", protocols, options)
-    offered = [protocols] if isinstance(protocols, str) else list(protocols or ())
-    for each in offered:
-        if not isinstance(each, str) or not _token(each):
-            raise TypeError(f"a subprotocol is letters, digits and -._~!#$%&'*+^`|, not {each!r}")
-    return offered
-
-
-async def _ask(name: str, function: Callable[[], Any], options: Options) -> Any:
-    seconds = options.connect_timeout_seconds
-    try:
-        with trio.move_on_after(seconds):
-            found = function()
-            return await found if inspect.isawaitable(found) else found
-    except Exception as error:
-        raise QueryFailed(
-            options.room_url, f"the function for `{name}` raised {type(error).__name__}: {error}"
-        ) from error
-    raise QueryFailed(
-        options.room_url,
-        f"the function for `{name}` did not return within {seconds:g} s",
-        "`connect_timeout_seconds` allows more",
-    )
-
-
-def checked_close(code: int, reason: str) -> tuple[int, str]:
-    """Code and reason, if a client can send them (RFC 6455, section 7.4). Raises ValueError."""
-    if type(code) is not int or not (code in _CODES or 3000 <= code <= 4999):
-        raise ValueError(f"a close code is 1000 to 1003, 1007 to 1014 or 3000 to 4999, not {code!r}")
-    size = len(reason.encode())
-    if size > REASON_BYTES_MAX:
-        raise ValueError(f"the reason of a close has at most {REASON_BYTES_MAX} bytes of UTF-8, not {size}")
-    return code, reason

@@ -15,9 +15,10 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import trio
@@ -62,6 +63,7 @@ from hibernation.keeper_messages import SLOTS_MAX
 from hibernation.keeping import KeeperClient, KeeperGone, Kept
 from hibernation.logs import get_logger
 from hibernation.memory import Trimmer
+from storage.clock import monotonic
 from storage.directory import read_token
 from storage.errors import BrokerError, CommitRefused, DataDirectoryInUse
 from storage.registry import Registry, RegistryBatch, Row
@@ -97,17 +99,56 @@ class HandoverRefused(BrokerError):
     """This gateway cannot be succeeded now; it goes on. The text says why."""
 
 
+def _take_from_keeper(data: Path) -> tuple[KeeperClient, Kept]:
+    """A session with the keeper, and all that it holds; it may just be starting."""
+    deadline = monotonic() + KEEPER_SECONDS
+    while True:
+        try:
+            keeper = KeeperClient.connect(data)
+            return keeper, keeper.take(KEEPER_SECONDS)
+        except KeeperGone:
+            if monotonic() >= deadline:
+                raise
+            sleep(0.01)
+
+
+def _listener(descriptor: int) -> socket.socket:
+    return socket.socket(fileno=descriptor)
+
+
+def _kept_socket(family: int, descriptor: int) -> socket.socket:
+    # With its kind given Python need not ask the kernel for it.
+    return socket.socket(family, socket.SOCK_STREAM, 0, descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a gateway finds around it, and how it comes to it. `broker.testing` has others."""
+
+    take_from_keeper: Callable[[Path], tuple[KeeperClient, Kept]] = _take_from_keeper
+    """A session with the keeper, and all that it holds."""
+    listener: Callable[[int], socket.socket] = _listener
+    """The listening socket of this descriptor."""
+    kept_socket: Callable[[int, int], socket.socket] = _kept_socket
+    """The socket of this family and descriptor, which the keeper has held."""
+    writer: Callable[[str], Writer] = Writer
+    """Who commits to the registry."""
+
+
+USUAL = Surroundings()
+
+
 class Gateway:
     """See the module. `serve` runs one. It is also what the HTTP side asks (`http.GatewayPort`)."""
 
-    def __init__(self, config: GatewayConfig) -> None:
+    def __init__(self, config: GatewayConfig, surroundings: Surroundings = USUAL) -> None:
         settings = config.settings
         self.config = config
         self.dev = config.dev
         self.token = read_token(config.data)
         self.registry = Registry(config.data, durability=settings.durability)
         rows = list(self.registry.surviving())
-        keeper, kept = _take_from_keeper(config.data)
+        keeper, kept = surroundings.take_from_keeper(config.data)
         if set(NAMES) <= set(kept.named):
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
@@ -116,7 +157,7 @@ class Gateway:
             for name, descriptor in ledger.descriptors.items():
                 keeper.pin(name, descriptor)
         self.ledger = ledger
-        self._writer = Writer("registry")
+        self._writer = surroundings.writer("registry")
         self._storing: tuple[list[tuple[int, int]], RegistryBatch] | None = None
         self._registry_failed = False
         self._trimmer = Trimmer()
@@ -133,7 +174,7 @@ class Gateway:
             self.hub, self.connections, self.rooms, self.links, self.inbox, self.sender, settings
         )
         self.quarantine = Quarantine()
-        self.listener = socket.socket(fileno=config.listener_fd)
+        self.listener = surroundings.listener(config.listener_fd)
         named = {**ledger.descriptors, "listener": config.listener_fd}
         self.duplicates = Duplicates(
             self.hub, config.data, self.connections, keeper, named, self._held, self._not_held
@@ -188,11 +229,11 @@ class Gateway:
         self.effects.on_quarantine = self._quarantined
         self.effects.on_call = self.calls.called
         self.effects.waits_for = self.calls.waits_for
-        self._take_over(rows, kept)
+        self._take_over(rows, kept, surroundings)
 
     # --- What a former gateway has left -----------------------------------------------------------
 
-    def _take_over(self, rows: list[Row], kept: Kept) -> None:
+    def _take_over(self, rows: list[Row], kept: Kept, surroundings: Surroundings) -> None:
         """Go on where a former gateway was killed."""
         began = monotonic()
         self.hub.second = int(began)
@@ -206,7 +247,7 @@ class Gateway:
             self._remains,
             self._room_of,
         )
-        left = succession.take_over(rows, self._kept_sockets(kept))
+        left = succession.take_over(rows, self._kept_sockets(kept, surroundings))
         self._survivors.extend(left)
         self._admit_survivors()
         if self.connections.count:
@@ -217,13 +258,12 @@ class Gateway:
                 in_ms=round(1000 * (monotonic() - began)),
             )
 
-    def _kept_sockets(self, kept: Kept) -> dict[int, socket.socket]:
+    def _kept_sockets(self, kept: Kept, surroundings: Surroundings) -> dict[int, socket.socket]:
         """What the keeper holds, by slot; those whose request was not decided are set apart."""
         sockets = {}
         family = self.listener.family
         for slot, descriptor in zip(kept.slots, kept.fds, strict=True):
-            # With its kind given Python need not ask the kernel for it.
-            sock = socket.socket(family, socket.SOCK_STREAM, 0, descriptor)
+            sock = surroundings.kept_socket(family, descriptor)
             sock.setblocking(False)
             if slot >= self.ledger.capacity:
                 self._loose.append(sock)
@@ -270,12 +310,16 @@ class Gateway:
         yield from self.lifecycle.records()
         yield from self.sender.records()
 
+    def begin(self) -> None:
+        """Open the door for hosts, and hear of what the writer has done; `hub` and `http` do the rest."""
+        self.links.listen(self.config.data / "gateway.sock")
+        self.hub.watch(self._writer.fd, self._stored)
+
     async def run(self) -> None:
         """Serve until SIGTERM; then close every connection with 1012, have the close turns run, and
         return.
         """
-        self.links.listen(self.config.data / "gateway.sock")
-        self.hub.watch(self._writer.fd, self._stored)
+        self.begin()
         if self.config.handover:
             report(self.config.status_fd, "ready")  # the sockets are here: there is no way back
         try:
@@ -632,16 +676,3 @@ async def serve(config: GatewayConfig) -> None:
     gc.enable()
     gc.freeze()
     await gateway.run()
-
-
-def _take_from_keeper(data: Path) -> tuple[KeeperClient, Kept]:
-    """A session with the keeper, and all that it holds; it may just be starting."""
-    deadline = monotonic() + KEEPER_SECONDS
-    while True:
-        try:
-            keeper = KeeperClient.connect(data)
-            return keeper, keeper.take(KEEPER_SECONDS)
-        except KeeperGone:
-            if monotonic() >= deadline:
-                raise
-            sleep(0.01)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
 from select import EPOLLERR, EPOLLET, EPOLLHUP, EPOLLIN, EPOLLOUT, EPOLLPRI, EPOLLRDHUP, epoll
-from time import monotonic
 from typing import Any, Final
 
 import trio
 
 from hibernation.logs import get_logger
+from storage.clock import monotonic
 
 #: What a parked connection is asked about. EPOLLERR and EPOLLHUP come unasked.
 PARKED_EVENTS: Final = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET
@@ -32,6 +32,8 @@ EVENTS_PER_TICK: Final = 1024
 POLLS_PER_TICK: Final = 4
 #: Nothing of the gateway is timed more finely.
 CLOCK_SECONDS: Final = 0.05
+#: And nothing more rarely than it is looked at in so long.
+REST_SECONDS: Final = 1.0
 
 log = get_logger("hub")
 
@@ -148,7 +150,7 @@ class Hub:
     async def _clock(self) -> None:
         second = monotonic()
         while True:
-            with trio.move_on_after(1):
+            with trio.move_on_after(REST_SECONDS):
                 await self._clock_wanted.wait()
             self.now = now = monotonic()
             self.second = int(now)
@@ -172,7 +174,9 @@ class Hub:
             if not deadlines:
                 self._clock_wanted = trio.Event()
             await trio.sleep(
-                CLOCK_SECONDS if not deadlines else min(max(deadlines[0][0] - now, CLOCK_SECONDS), 1)
+                CLOCK_SECONDS
+                if not deadlines
+                else min(max(deadlines[0][0] - now, CLOCK_SECONDS), REST_SECONDS)
             )
 
 

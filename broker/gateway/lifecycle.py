@@ -27,7 +27,6 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from time import time
 from typing import Final
 
 from cbor2 import dumps
@@ -61,6 +60,7 @@ from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation import wire
 from hibernation.logs import get_logger
 from hibernation.settings import Settings
+from storage.clock import now
 from storage.registry import RegistryBatch, Row
 
 #: Causes of an end after which nothing reaches the client.
@@ -185,7 +185,7 @@ class Lifecycle:
         number = table.number[slot]
         party, _, room_id = room.key.partition("/")
         self.batch.open(
-            number, party, room_id, newcomer.connection_id, newcomer.uri, time(), address=newcomer.address
+            number, party, room_id, newcomer.connection_id, newcomer.uri, now(), address=newcomer.address
         )
         sock, ledger = table.sockets[slot], self._ledger
         assert sock is not None
@@ -434,7 +434,7 @@ class Lifecycle:
         self.answers += 1
         ledger = self._ledger
         ledger.header[ANSWERS] = 1
-        ledger.answered[slot] = int(time() * 1000)
+        ledger.answered[slot] = int(now() * 1000)
         self._sender.say(slot, frame, end)
 
     def close_frame_came(self, slot: int, code: int, reason: str) -> None:

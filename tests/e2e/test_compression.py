@@ -306,7 +306,9 @@ def large(word: str) -> str:
 
 
 def test_frames_that_a_dying_gateway_has_begun(instance: BrokerProcess) -> None:
-    """S22, S34: compression and half a frame outlive it; so does what waits in an outbox."""
+    """S22, S34: compression and half a frame outlive it; so does what waits in an outbox. Only the frame that
+    it was about to compress comes as it is.
+    """
     chance = random.Random(3)
     with agreed(instance, "/party/death") as client:
         for _ in range(3):
@@ -317,9 +319,9 @@ def test_frames_that_a_dying_gateway_has_begun(instance: BrokerProcess) -> None:
             small = "small " + chance.randbytes(600).hex()
             client.send_frame(TEXT, compressed(small), rsv=4)
             instance.kill_gateway()
-            for word in words[1:]:
-                assert receive(client) == (large(word), True)
-            assert receive(client) == (small, True)
+            found = [receive(client) for _ in words]
+            assert [message for message, _ in found] == [*map(large, words[1:]), small]
+            assert sum(not was_compressed for _, was_compressed in found) <= 1
 
 
 def test_an_upgrade_keeps_what_was_agreed_on(instance: BrokerProcess) -> None:

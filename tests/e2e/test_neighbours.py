@@ -74,6 +74,9 @@ APP = """
                     return [await answer.get_data(as_text=True)]
                 case ["pid"]:
                     return [os.getpid()]
+                case ["ask-myself"]:
+                    self.room.storage.put("mine", 7)
+                    return self.asks_itself()
                 case ["mine"]:
                     return [await self.room.storage.get("mine", 0)]
 
@@ -89,6 +92,10 @@ APP = """
             '''The rest of the path is what to do: rooms in a row pass it on.'''
             words = request.rest[1:].split(" ")
             return await self.do(words)
+
+        async def asks_itself(self):
+            answer = await self.room.parties["main"].get(self.room.id).fetch("/mine")
+            yield await answer.get_data()
 
         @staticmethod
         async def on_fetch(request, lobby):
@@ -332,6 +339,11 @@ def _nested(names: list[str]) -> str:
     for name in reversed(names[1:]):
         command = f"fetch main {name} /{quote(command, safe='')}"
     return command
+
+
+def test_a_stream_may_ask_its_own_room(instance, room):
+    """S26, S30: it is no turn, so the room can answer it; what its turn wrote is there."""
+    assert instance.get(f"/party/{room}/ask-myself").json == [7]
 
 
 def test_no_circle_where_none_is(instance, room):

@@ -65,9 +65,11 @@ APP = """
 
     class PerConnection(_Room):
         concurrency = "per_connection"
-        turn_timeout = 2.0
 
     class Interleave(_Room):
+        concurrency = "interleave"
+
+    class Short(_Room):
         concurrency = "interleave"
         turn_timeout = 2.0
 
@@ -97,10 +99,8 @@ def test_turns_of_different_connections_overlap(site: BrokerProcess) -> None:
         assert told(two) == "hello"
         with urllib.request.urlopen(site.url("/parties/per-connection/r")) as answer:
             assert answer.read() == b"answered"
-        facts = site.ask("explain", party="per-connection", room="r")
-        assert [reason.partition(" for ")[0] for reason in facts["reasons"]] == [
-            "on_message has been running"
-        ]
+        [reason] = site.ask("explain", party="per-connection", room="r")["reasons"]
+        assert reason.startswith("on_message has been running for ")
         assert one.is_silent()
         two.send("wake a")
         made = {str(client.receive()).rpartition(" ")[2] for client in (two, one, one)}
@@ -122,7 +122,7 @@ def test_turns_of_one_connection_overlap_and_end_in_order(site: BrokerProcess) -
 
 def test_a_turn_that_takes_too_long_is_cancelled_alone(site: BrokerProcess) -> None:
     """S20: its neighbours go on."""
-    with site.connect("/parties/interleave/t") as one, site.connect("/parties/interleave/t") as two:
+    with site.connect("/parties/short/t") as one, site.connect("/parties/short/t") as two:
         one.send("late")
         one.send("behind")
         for _ in range(10):
@@ -132,12 +132,12 @@ def test_a_turn_that_takes_too_long_is_cancelled_alone(site: BrokerProcess) -> N
         assert told(one) == "behind"
 
 
-@pytest.mark.parametrize("party", ["counted", "counted-per"])
-def test_each_message_has_its_effect_once_whoever_is_killed(broker: BrokerFactory, party: str) -> None:
+def test_each_message_has_its_effect_once_whoever_is_killed(broker: BrokerFactory) -> None:
     """S22: with several turns of each connection in progress at each death; answers come in order."""
     # In dev, where a save ends the supervisor's ever longer waiting.
     site = broker(APP, command="dev")
-    clients = [site.connect(f"/parties/{party}/r?_pk=c{number}") for number in range(3)]
+    parties = ["counted", "counted-per"]
+    clients = [site.connect(f"/parties/{party}/r?_pk=c{number}") for party in parties for number in range(2)]
     stop = threading.Event()
     counts = [0] * len(clients)
     heard: list[list[str]] = [[] for _ in clients]
@@ -152,7 +152,7 @@ def test_each_message_has_its_effect_once_whoever_is_killed(broker: BrokerFactor
         while not heard[index] or not heard[index][-1].startswith("last"):
             heard[index].append(str(clients[index].receive()))
 
-    chance = random.Random(party)
+    chance = random.Random(19)
     with ThreadPoolExecutor(2 * len(clients)) as pool:
         sending = [pool.submit(send, index) for index in range(len(clients))]
         listening = [pool.submit(listen, index) for index in range(len(clients))]
@@ -178,5 +178,6 @@ def test_each_message_has_its_effect_once_whoever_is_killed(broker: BrokerFactor
         assert answers == [f"{number} 0" for number in expected]
     for client in clients:
         client.close()
-    with urllib.request.urlopen(site.url(f"/parties/{party}/r/counts")) as answer:
-        assert set(json.load(answer).values()) == {1}
+    for party in parties:
+        with urllib.request.urlopen(site.url(f"/parties/{party}/r/counts")) as answer:
+            assert set(json.load(answer).values()) == {1}

@@ -17,7 +17,7 @@ from trio.testing import MockClock
 import hibernation.pool
 from broker import Server
 from hibernation import wire
-from hibernation.cells import Event
+from hibernation.cells import Cell, Event
 from hibernation.overlap import Overlap
 from hibernation.running import FAILED
 from tests.hibernation.test_pool import CARD, House, Log, settle
@@ -240,6 +240,78 @@ def test_each_event_begins_when_it_may_and_has_its_effect_once_and_in_order(mode
                 world.check()
             assert dict(world.consumed) == {number: len(kinds) for number, kinds in world.sent.items()}
             assert (world.house.pool.cells, world.house.pool.awake) == ({}, 0)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_room_that_was_evicted_before_its_writes_were_on_disk_wakes_again(mode):
+    """S3, H4: it is constructed and started anew, and nothing runs beside that."""
+    made: list[str] = []
+
+    class Main(Server):
+        concurrency = mode
+
+        def __init__(self, room):
+            made.append("made")
+
+        async def on_start(self):
+            await trio.sleep(1)
+            made.append("started")
+
+        async def on_message(self, message, sender):
+            made.append(message)
+            await trio.sleep(1)
+
+    async def main() -> None:
+        house = House(Main)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(house.pool.run)
+            cell = house.pool.cells["main/r"] = Cell("main/r", house.kind)
+            cell.gate, cell.started, cell.scheduled = 7, True, False
+            for number in (1, 2):
+                house.message(f"{number}", number=number)
+                await trio.sleep(0.1)
+            assert made == ["made"]
+            await trio.sleep(1.5)
+            assert made[:3] == ["made", "started", "1"]
+            assert len(made) == (3 if mode == "serial" else 4)
+            await trio.sleep(3)
+            assert made == ["made", "started", "1", "2"]
+            assert (house.pool.awake, cell.running, cell.scheduled) == (0, False, False)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize("mode", ["per_connection", "interleave"])
+def test_a_room_is_evicted_when_nothing_of_it_runs(mode):
+    """S6, S8: not while another turn waits, whoever has asked for it."""
+
+    class Main(Server):
+        concurrency = mode
+        hibernate = False
+
+        async def on_message(self, message, sender):
+            if message == "go":
+                self.room.hibernate()
+            await trio.sleep(int(message == "wait") * 3)
+
+    async def main() -> None:
+        house = House(Main)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(house.pool.run)
+            await settle()
+            house.message("wait", number=1)
+            house.message("go", number=2)
+            await trio.sleep(1)
+            assert (len(house.left), house.pool.awake) == (1, 1)
+            house.message("more", number=2)
+            await trio.sleep(1)
+            assert (len(house.left), house.pool.awake, house.pool.wakes) == (2, 1, 1)
+            await trio.sleep(2)
+            assert (len(house.left), house.pool.awake, house.pool.cells) == (3, 0, {})
             nursery.cancel_scope.cancel()
 
     trio.run(main, clock=MockClock(autojump_threshold=0))

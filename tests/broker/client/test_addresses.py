@@ -147,6 +147,13 @@ def test_what_is_no_query(given_query: object) -> None:
         parameters_of(given_query)
 
 
+@pytest.mark.parametrize("query", [{"token": b"hush"}, b"hush", ["hush"], {"token": "hush\ud800"}])
+def test_no_error_tells_what_is_in_a_query(query: object) -> None:
+    with pytest.raises((TypeError, AddressError)) as raised:
+        url_of("", parameters_of(query))
+    assert "hush" not in str(raised.value)
+
+
 def test_pairs_may_repeat_a_name() -> None:
     assert parameters_of([("a", 1), ("a", None), ("a", "2")]) == [("a", "1"), ("a", "2")]
 

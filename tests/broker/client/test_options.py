@@ -185,6 +185,10 @@ def test_a_refusal_without_retry_after() -> None:
     assert refused.header("CONTENT-type") == "text/plain"
     assert str(refused) == "ws://h/party/x: the server answered 403 Forbidden: members only"
     assert "connect to https://new/" in str(Refused("ws://h", 301, [("location", "https://new/")]))
+    assert (
+        str(Refused("ws://h", 403, [], b"\x1b[31mred\x00"))
+        == "ws://h: the server answered 403 Forbidden: ?[31mred?"
+    )
     assert "599" in str(Refused("ws://h", 599, [], b"\xff" * 10_000))
     assert len(str(Refused("ws://h", 599, [], b"\xff" * 10_000))) < 400
 

@@ -10,7 +10,6 @@ Every gateway compresses in another way than the one before it, as one with anot
 that two of them had made would show.
 """
 
-import fcntl
 import os
 import random
 import select
@@ -33,7 +32,7 @@ from broker.gateway.frames import encode_message
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH, NAMES, Ledger
-from broker.gateway.lifecycle import SIOCOUTQ, Lifecycle, Newcomer
+from broker.gateway.lifecycle import Lifecycle, Newcomer
 from broker.gateway.links import HostLink
 from broker.gateway.outbox import Sender
 from broker.gateway.parties import PartyView
@@ -568,9 +567,17 @@ class World:
                 self.read(number)
             self.run(self.gateway.look)
             if sum(map(len, self.received.values())) == before and not self.gateway.sender.total_bytes:
-                if not any(map(unread, self.kept.values())):
+                if not self.is_behind():
                     return
                 select.select(list(self.clients.values()), [], [], 0.25)  # a window opens in the end
+
+    def is_behind(self) -> bool:
+        """Whether the kernel still has something for a client."""
+        numbers = self.gateway.connections.number
+        return any(
+            numbers[slot] in self.received and position(sock).written > len(self.received[numbers[slot]])
+            for slot, sock in self.kept.items()
+        )
 
     def check(self) -> None:
         """Each client has got what it had to, once, whole and in order; each row and slot is accounted
@@ -613,12 +620,6 @@ class World:
             each.close()
         for descriptor in self.memory.values():
             os.close(descriptor)
-
-
-def unread(sock: socket.socket) -> bool:
-    """Whether the kernel holds something that the peer has not taken, and may take."""
-    here = position(sock)
-    return not here.ended and int.from_bytes(fcntl.ioctl(sock.fileno(), SIOCOUTQ, bytes(4)), "little") > 0
 
 
 def plain(stream: bytes) -> bytes:
