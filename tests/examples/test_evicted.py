@@ -131,3 +131,39 @@ def test_shared_document(start: Start) -> None:
     ben.expect(b"\0\0\1\0")
     ben.send(b"\0\0\1\0")
     ben.expect(b"\0\2\5whole", b"\0\2\5early", b"\0\1\2\0\0")
+
+
+def test_rate_limits(start: Start) -> None:
+    kit, between = start("rate_limits")
+    ana = kit.connect("lounge", id="ana")
+    for number in range(8):
+        ana.send(str(number))
+        if number in (2, 4, 5):
+            ana.expect(*[{"said": str(each)} for each in ({2: [0, 1, 2], 4: [3, 4]}.get(number, []))])
+            between()
+    ana.expect({"muted": 2})
+    between()
+    ana.expect_nothing(1.9)
+    between()
+    ana.expect({"muted": 0}, within=0.2)
+    ana.send("again")
+    ana.expect({"said": "again"})
+    assert kit.room("lounge").storage.keys() == {"bucket"}
+
+
+def test_ai_chat(start: Start) -> None:
+    kit, between = start("ai_chat")
+    ana = kit.connect("lobby", query={"name": "Ana"})
+    ana.expect({"lines": {}})
+    ana.send("@ai hello")
+    people, answer = ana.receive_json()["lines"], ana.receive_json()["lines"]
+    assert [line["from"] for line in (*people.values(), *answer.values())] == ["Ana", "ai"]
+    [key] = answer
+    text = "You said: hello - and I have been thinking about it. "
+    words = text.replace(" ", " |").split("|")[:-1]
+    for number, word in enumerate(words):
+        ana.expect({"key": key, "number": number, "bit": word}, within=3)
+        if number in (0, 4, len(words) - 1):
+            between()
+    ana.expect_nothing(60)
+    assert kit.room("lobby").storage.keys() == {"lines", "line 000000001", key}
