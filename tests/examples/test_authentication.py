@@ -71,7 +71,7 @@ def test_whoever_has_signed_in_is_who_they_are(house: BrokerProcess, room: str) 
 
 def forged(name: str) -> str:
     future, past = int(time.time()) + 1000, int(time.time()) - 1
-    good = app.sign(f"ana.{future}", KEY)
+    good: str = app.sign(f"ana.{future}", KEY)
     return {
         "empty": "",
         "no seal": "ana",
