@@ -882,7 +882,7 @@ def test_a_message_outlives_its_client_and_the_wait_for_a_host(tmp_path: Path) -
         gateway.lifecycle.host_gone(gateway.host)
         gateway.links.by_shard[0] = None
         world.message(1, 20)
-        gateway.lifecycle._has_acknowledged = lambda _slot: False  # type: ignore[method-assign]
+        gateway.lifecycle._has_acknowledged = lambda slot: False  # type: ignore[method-assign]
         for _ in range(3):
             gateway.hub.second += 1000
             gateway.lifecycle._look(1)
