@@ -450,6 +450,8 @@ def test_explain_says_what_keeps_a_room_awake(broker: BrokerFactory) -> None:
         "connections": 0,
         "in_flight": 0,
         "awake": False,
+        "alarm_count": 0,
+        "alarms": [],
         "waiting": 0,
         "reasons": [],
         "turn": None,

@@ -182,6 +182,7 @@ def test_each_message_is_counted_once_whichever_call_the_host_dies_in(broker: Br
         points += [("fdatasync", 1), ("sendto", 1), ("sendto", 1), ("fdatasync", 1), ("pwrite64", 1)]
         runs = {}
         for number, (call, when) in enumerate(points, 1):
+            eventually(lambda: len(site.host_pids()) == 1, "the end of the host with the code before")
             (pid,) = site.host_pids()
             eventually(lambda: outbox(site) == 0, "an empty outbox, so that each commit writes the same")
             with killed_at(pid, call, when):

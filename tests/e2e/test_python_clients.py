@@ -493,4 +493,7 @@ def test_nothing_is_left(app: BrokerProcess) -> None:
     eventually(lambda: app.stats()["connections"] == 0, "no connection")
     eventually(lambda: not app.connections(), "no row")
     assert app.stats()["failed_turns"] == 0
-    assert '"level": "error"' not in app.log
+    # A machine that is busy may hold up the host, and that is said.
+    assert [
+        line for line in app.log_events() if line["level"] == "error" and line["logger"] != "watchdog"
+    ] == []

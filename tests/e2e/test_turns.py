@@ -416,10 +416,13 @@ def test_500_rooms_that_wait_at_once_hold_up_nobody(instance, room):
     for number in range(100):
         other.send(f"{number}")
         assert other.receive() == f"{number}"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 60  # one behind the other they would never answer: the others wait on
     for client in clients[::50]:
         client.send_frame(PING, b"p")
-        assert client.receive_frame() == (PONG, b"p")
+        frame = client.receive_frame()
+        while frame == (PING, b""):  # whoever had to wait long for the others has been asked
+            frame = client.receive_frame()
+        assert frame == (PONG, b"p")
     instance.release("hold-many")
     for client in clients:
         assert client.receive() == "hold"
