@@ -26,7 +26,7 @@ from cbor2 import dumps
 from hibernation import wire
 from hibernation.cells import Batch, Cell
 from hibernation.logs import get_logger
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Turn
 from storage.blame import BlameBatch
 from storage.errors import CommitRefused
 from storage.shards import Row, Shard, ShardBatch
@@ -97,9 +97,8 @@ class Commits:
         committing = self._committing
         return self._forming.bytes + (committing.bytes if committing is not None else 0)
 
-    def stage(self, cell: Cell, room: Room) -> None:
+    def stage(self, cell: Cell, turn: Turn) -> None:
         """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
-        storage = room.storage
         forming = self._forming
         index = cell.shard
         if index < 0:
@@ -107,18 +106,20 @@ class Commits:
         batch = forming.shards.get(index)
         if batch is None:
             batch = forming.shards[index] = ShardBatch()
-        if storage._cleared:
+        if turn.cleared:
             batch.clear(cell.key)
             cell.pending.clear()
-            cell.pending_cleared = room._pending_cleared = True
-            storage._cleared = False
-        for name, blob in storage._writes.items():
-            if blob is None:
-                batch.delete(cell.key, name)
-            else:
-                batch.put(cell.key, name, blob)
-        cell.pending.update(storage._writes)
-        storage._writes.clear()
+            cell.pending_cleared = True
+            assert cell.room is not None
+            cell.room._pending_cleared = True
+        writes = turn.writes
+        if writes is not None:
+            for name, blob in writes.items():
+                if blob is None:
+                    batch.delete(cell.key, name)
+                else:
+                    batch.put(cell.key, name, blob)
+            cell.pending.update(writes)
         cell.gate = forming.number
         forming.cells.add(cell)
 

@@ -19,7 +19,7 @@ from hibernation.errors import Refuse
 from hibernation.logs import get_logger
 from hibernation.pool import Pool
 from hibernation.probation import Errand
-from hibernation.room import Lobby, Room
+from hibernation.room import Lobby, Room, Turn, leave_turn
 from hibernation.running import ASKING, OTHER, Mark
 from hibernation.settings import Settings
 from hibernation.suspects import Verdict
@@ -46,7 +46,7 @@ class Exchanges:
 
     Args:
         put: Adds an item to what leaves next.
-        finish: Takes over a turn's result: cell, room, result.
+        finish: Takes over a turn and its result: cell, turn, result.
         flush: Lets leave what has been put.
     """
 
@@ -59,7 +59,7 @@ class Exchanges:
         pool: Pool,
         commits: Commits,
         put: Callable[[list[Any]], None],
-        finish: Callable[[Cell, Room, list[Any]], None],
+        finish: Callable[[Cell, Turn, list[Any]], None],
         flush: Callable[[], None],
     ) -> None:
         self._settings = settings
@@ -126,6 +126,7 @@ class Exchanges:
 
     async def _noted(self, mark: Mark, function: Callable[..., Awaitable[None]], *arguments: Any) -> None:
         """Run something beside the rooms, and have it noted that it runs."""
+        leave_turn()
         note = self._pool.running.enter(*mark)
         try:
             await function(*arguments)
@@ -159,13 +160,13 @@ class Exchanges:
 
     # --- Rooms ------------------------------------------------------------------------------------
 
-    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         """Run `on_request`, and let its answer leave with the rest of the turn."""
         from hibernation.requests import build_request, error_reply, to_reply
 
         number = event[2]
         if number not in self._doing:
-            room._effects = None  # its client left while it waited
+            room._discard()  # its client left while it waited
             return
         self._doing[number] = worker
         self._put([wire.BEGUN, number])
@@ -181,22 +182,22 @@ class Exchanges:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             reply = error_reply(error)
             if reply is None:
-                effects = await self._turns.fail(cell, room, worker, None, error)
-                self.fail(number, effects, error)
-                self._finish(cell, room, [wire.EFFECTS, effects])
+                turn = await self._turns.fail(cell, room, worker, None, error)
+                self.fail(number, turn.effects, error)
+                self._finish(cell, turn, [wire.EFFECTS, turn.effects])
                 return
             room._discard()  # an answer by exception is still the end of a turn that did not go through
-            effects = room._begin()
+            turn = room._begin()
         if isinstance(reply.body, bytes):
             self._doing.pop(number, None)
-            effects.append([wire.RESPOND, number, reply.status, reply.headers, reply.body])
-            self._finish(cell, room, [wire.EFFECTS, effects])
+            turn.effects.append([wire.RESPOND, number, reply.status, reply.headers, reply.body])
+            self._finish(cell, turn, [wire.EFFECTS, turn.effects])
             return
-        effects.append([wire.RESPOND, number, reply.status, reply.headers, None])
+        turn.effects.append([wire.RESPOND, number, reply.status, reply.headers, None])
         body = reply.body
         self._doing[number] = None
         cell.streams += 1
-        self._finish(cell, room, [wire.EFFECTS, effects])
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
         self._commits.after(
             cell, lambda: self._pool.spawn(self._noted, _OTHER, self._stream, cell, number, body)
         )

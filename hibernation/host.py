@@ -47,7 +47,7 @@ from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Edit, Turn
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.shards import Shard
@@ -373,22 +373,23 @@ class Host:
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)
 
-    def _finish(self, cell: Cell, room: Room, result: list[Any]) -> None:
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
         """A turn has ended well: stage its writes, and let its result leave, or wait for the commit."""
         self.turn_count += 1
-        room._effects = None
-        storage = room._storage
-        if storage is not None and (storage._writes or storage._cleared):
-            self._commits.stage(cell, room)
-        undo = room._undo
+        if turn.evict:
+            turn.room._evict = True  # type: ignore[union-attr]
+        turn.room = None
+        if turn.stored:
+            self._commits.stage(cell, turn)
+        edits = turn.edits
         if not cell.gate:
             self._out.append(result)
             if result[0] != wire.EFFECTS:
                 self._said[result[2]] = self._link.sent + 1
-            if undo:
-                self._out_edits.extend(self._edits(cell, room))
+            if edits:
+                self._out_edits.extend(self._edits(cell, edits))
         else:
-            self._commits.hold(cell, result, self._edits(cell, room) if undo else [], room._bytes)
+            self._commits.hold(cell, result, self._edits(cell, edits) if edits else [], turn.bytes)
 
     def _ready(self, batch: Batch) -> bool:
         """Whether the gateway has what the connections of a batch did before without writing (H8)."""
@@ -408,14 +409,14 @@ class Host:
                     return False
         return True
 
-    def _edits(self, cell: Cell, room: Room) -> list[tuple[Cell, Connection]]:
+    def _edits(self, cell: Cell, edits: dict[Connection, Edit]) -> list[tuple[Cell, Connection]]:
         """The connections that a turn has changed: their values here are the newest until the gateway says
         so.
         """
-        edits = [(cell, connection) for connection in room._undo]
-        room._undo.clear()
+        for connection, edit in edits.items():
+            connection._apply(edit)
         cell.edited += len(edits)
-        return edits
+        return [(cell, connection) for connection in edits]
 
     def _released(self, batch: Batch) -> None:
         """A batch is on disk: its results leave."""

@@ -30,7 +30,7 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
 from hibernation.memory import Trimmer
 from hibernation.probation import HEAD_START_SECONDS, Errand, Probation
-from hibernation.room import Backstage, Room
+from hibernation.room import Backstage, Room, Turn
 from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
@@ -69,7 +69,7 @@ class Turns(Protocol):
     ) -> None:
         """End an event that has had its tries, without its hook."""
 
-    def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
+    def finish_start(self, cell: Cell, turn: Turn) -> None:
         """The effects of `on_start` may leave when its writes are on disk."""
 
     def log_failure(self, text: str, cell: Cell, error: BaseException, **more: Any) -> None:
@@ -488,7 +488,7 @@ class Pool:
         assert room is not None
         worker.hook = "on_start"
         worker.started = monotonic()
-        effects = room._begin()
+        turn = room._begin()
         seconds = cell.kind.settings.start_timeout
         try:
             with trio.move_on_after(seconds) as deadline:  # noqa: ASYNC912 - it is the user's hook that waits
@@ -508,7 +508,7 @@ class Pool:
         cell.started = True
         cell.failures = 0
         self._started(cell)
-        self.turns.finish_start(cell, room, effects)
+        self.turns.finish_start(cell, turn)
         return True
 
     def _start_failed(self, cell: Cell, error: BaseException) -> None:

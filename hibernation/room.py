@@ -1,12 +1,14 @@
 """What room code holds in its hands: `Room`, `Connection`, `Storage`, `ConnectionContext`, `Lobby`.
 
-Owns the staging of one turn: every effect and every write is written down here and nothing leaves before the
-turn has ended. Does no I/O of its own: reads and questions go through the `Backstage` that the host provides.
-Peer: `hibernation.host`, which opens a turn, runs the hook, and takes what was staged or throws it away.
+Owns the staging of turns: every effect and every write is written down in a `Turn`, and nothing leaves it
+before the turn has ended. Does no I/O of its own: reads and questions go through the `Backstage` that the
+host provides. Peer: `hibernation.host`, which opens a turn, runs the hook, and takes what was staged or
+throws it away.
 
-What is true between turns: `_effects is None`, and every connection's staged values are either known to the
-gateway or counted in `_edits`, so that the next turn of the room reads them and not the older ones that an
-event may still carry.
+A turn is found through a context variable, so that turns of one room may overlap and each task stages into
+its own. What it has staged is seen by itself alone; at its end its writes go to `pending`, and its changes of
+connections onto these, where they are counted in `_edits` until the gateway knows them: so later turns of the
+room read them, and not the older ones that an event may still carry.
 """
 
 from collections.abc import AsyncIterator, Generator, Iterable, Mapping
@@ -30,9 +32,61 @@ Message = Any
 
 _UNREAD: Final[Any] = object()
 
-#: The effects of the turn that the running task belongs to: what outlives a turn may not stage into the next
-#: one.
-_turn: ContextVar[list[Any] | None] = ContextVar("turn", default=None)
+#: A stored value, encoded; None: deleted.
+Blob = bytes | None
+
+
+class Turn:
+    """What one turn has staged. Made for every message."""
+
+    __slots__ = ("bytes", "cleared", "edits", "effects", "evict", "room", "stored", "writes")
+
+    def __init__(self, room: "Room | None") -> None:
+        #: None: it has ended, and nothing may be staged any more.
+        self.room = room
+        self.effects: list[Any] = []
+        #: About how many bytes.
+        self.bytes = 0
+        #: There is something for the disk: whoever stages such a thing says so here.
+        self.stored = False
+        #: By key: None means deleted. What was stored before is to be deleted first if `cleared`.
+        self.writes: dict[str, Blob] | None = None
+        self.cleared = False
+        #: What is to become of connections.
+        self.edits: dict[Connection, Edit] | None = None
+        #: The room is to be evicted.
+        self.evict = False
+
+    def write(self, key: str, blob: "Blob") -> None:
+        """Stage one write; None deletes."""
+        writes = self.writes
+        if writes is None:
+            writes = self.writes = {}
+            self.stored = True
+        writes[key] = blob
+
+
+class Edit:
+    """What one turn has changed of a connection."""
+
+    __slots__ = ("card", "closed", "state", "value")
+
+    def __init__(self) -> None:
+        #: None: as it was.
+        self.card: bytes | None = None
+        self.closed = False
+        #: Encoded, and as it was read from that.
+        self.state: bytes | None = _UNREAD
+        self.value: Any = _UNREAD
+
+
+#: The turn that the running task belongs to: what outlives a turn may not stage into the next one.
+_turn: ContextVar[Turn] = ContextVar("turn", default=Turn(None))  # noqa: B039 - it has ended, and stays so
+
+
+def leave_turn() -> None:
+    """The running task belongs to no turn, whatever its parent was doing when it was started."""
+    _turn.set(Turn(None))
 
 
 class Backstage(Protocol):
@@ -156,8 +210,7 @@ class Connection:
         self._state: Any = _UNREAD
         self._parts: tuple[str, str, bytes] | None = None
         self._closed = False
-        #: Turns that have changed something here and that the gateway has not acknowledged, the present one
-        #: included.
+        #: Turns that have ended, have changed something here, and are not acknowledged by the gateway.
         self._edits = 0
         self.close_cause = None
 
@@ -183,13 +236,21 @@ class Connection:
     @property
     def tags(self) -> tuple[str, ...]:
         """The connection's tags, in the order in which they were given."""
-        return wire.blob_tags(self._read()[2])
+        edit = self._edit()
+        if edit is None or edit.card is None:
+            return wire.blob_tags(self._read()[2])
+        return wire.blob_tags(wire.read_card(edit.card)[2])
 
     @property
     def state(self) -> Any:
         """The value last given to `set_state`; None at first. Changing it in place changes nothing: call
         `set_state`.
         """
+        edit = self._edit()
+        if edit is not None and edit.state is not _UNREAD:
+            if edit.value is _UNREAD:
+                edit.value = None if edit.state is None else decode(edit.state)
+            return edit.value
         value = self._state
         if value is _UNREAD:
             blob = self._state_blob
@@ -208,16 +269,16 @@ class Connection:
             ValueEncodingError: Not a value that can be stored; the old value stays.
         """
         room = self._room
-        effects = room._staging()
+        turn = room._staging()
         if callable(value):
             value = value(self.state)
         limit = room._settings.state_bytes_max
         blob = None if value is None else encode(value, bytes_max=limit, what="connection state")
-        room._count(len(blob) if blob else 0)
-        self._touch()
-        self._state_blob = blob
-        self._state = _UNREAD
-        effects.append([wire.STATE, self._slot, self._number, blob])
+        room._count(turn, len(blob) if blob else 0)
+        edit = self._change(turn)
+        edit.state = blob
+        edit.value = _UNREAD
+        turn.effects.append([wire.STATE, self._slot, self._number, blob])
 
     def add_tags(self, *tags: str) -> None:
         """Give the connection more tags; those it has already stay where they are.
@@ -233,15 +294,13 @@ class Connection:
         self._retag(tuple([tag for tag in self.tags if tag not in tags]))
 
     def _retag(self, tags: tuple[str, ...]) -> None:
-        effects = self._room._staging()
+        turn = self._room._staging()
         blob = wire.tags_blob(check_tags(tags, self._room._settings))
-        if blob == self._read()[2]:
+        if blob == wire.tags_blob(self.tags):
             return
-        self._room._count(len(blob))
-        self._touch()
-        self._card = wire.retag_card(self._card, blob)
-        self._parts = None
-        effects.append([wire.TAGS, self._slot, self._number, blob])
+        self._room._count(turn, len(blob))
+        self._change(turn).card = wire.retag_card(self._card, blob)
+        turn.effects.append([wire.TAGS, self._slot, self._number, blob])
 
     def send(self, message: Message) -> None:
         """Send text, bytes, or anything else as JSON, to this client alone.
@@ -253,19 +312,19 @@ class Connection:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
         room = self._room
-        effects = room._staging()
-        if self._closed:
+        turn = room._staging()
+        if self._closed or (turn.edits is not None and self._is_closed()):
             raise ConnectionClosedError(self.id)
         if type(message) is str and message.isascii():
             data: str | bytes = message
-            total = room._bytes + len(message)
+            total = turn.bytes + len(message)
         else:
             data = frame_data(message)
-            total = room._bytes + _size(data)
+            total = turn.bytes + _size(data)
         if total > room._bytes_max:
             room._refuse(total)
-        room._bytes = total
-        effects.append([wire.SEND, self._slot, self._number, data])
+        turn.bytes = total
+        turn.effects.append([wire.SEND, self._slot, self._number, data])
 
     def close(self, code: int = 1000, reason: str = "") -> None:
         """Close the connection, after everything sent to it before. Closing twice does nothing.
@@ -277,25 +336,41 @@ class Connection:
         Raises:
             ValueError: A code that may not be sent, or a reason that is too long.
         """
-        effects = self._room._staging()
+        turn = self._room._staging()
         code, reason = check_close(code, reason)
-        if self._closed:
+        if self._is_closed():
             return
-        self._touch()
-        self._closed = True
-        effects.append([wire.SHUT, self._slot, self._number, code, reason])
+        self._change(turn).closed = True
+        turn.effects.append([wire.SHUT, self._slot, self._number, code, reason])
 
-    def _touch(self) -> None:
-        """Before the first change of a turn, remember what was there; the turn's end forgets or uses it."""
-        undo = self._room._undo
-        if self not in undo:
-            undo[self] = (self._card, self._state_blob, self._closed)
-            self._edits += 1
+    def _edit(self) -> Edit | None:
+        """What the running turn has changed here."""
+        turn = _turn.get()
+        edits = turn.edits
+        return edits.get(self) if edits is not None and turn.room is self._room else None
 
-    def _restore(self, card: bytes, state: bytes | None, closed: bool) -> None:
-        self._card, self._state_blob, self._closed = card, state, closed
-        self._parts, self._state = None, _UNREAD
-        self._edits -= 1
+    def _is_closed(self) -> bool:
+        """Whether it was closed by this turn, or one that has ended."""
+        edit = self._edit()
+        return self._closed or (edit is not None and edit.closed)
+
+    def _change(self, turn: Turn) -> Edit:
+        edits = turn.edits
+        if edits is None:
+            edits = turn.edits = {}
+        edit = edits.get(self)
+        if edit is None:
+            edit = edits[self] = Edit()
+        return edit
+
+    def _apply(self, edit: Edit) -> None:
+        """The turn that has changed something here has ended: it is the newest until the gateway says so."""
+        if edit.card is not None:
+            self._card, self._parts = edit.card, None
+        if edit.state is not _UNREAD:
+            self._state_blob, self._state = edit.state, _UNREAD
+        self._closed = self._closed or edit.closed
+        self._edits += 1
 
     def _refresh(self, card: bytes, state: bytes | None) -> None:
         """Take over what the gateway says now, unless something staged here is newer."""
@@ -304,10 +379,6 @@ class Connection:
                 self._card, self._parts = card, None
             if state != self._state_blob:
                 self._state_blob, self._state = state, _UNREAD
-
-
-#: Card, state and closed of a connection as they were before the turn changed them.
-Undo = tuple[bytes, bytes | None, bool]
 
 
 def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:
@@ -362,13 +433,10 @@ class Storage:
     effects leave; a turn that fails leaves nothing of them. What they return may be awaited, and need not be.
     """
 
-    __slots__ = ("_cleared", "_room", "_writes")
+    __slots__ = ("_room",)
 
     def __init__(self, room: "Room") -> None:
         self._room = room
-        #: This turn's writes: None means deleted.
-        self._writes: dict[str, bytes | None] = {}
-        self._cleared = False
 
     @overload
     async def get(self, key: str, default: Any = None) -> Any: ...
@@ -410,44 +478,45 @@ class Storage:
                 Nothing is written. ValueEncodingError: The value cannot be stored. Nothing is written.
         """
         room = self._room
-        room._staging()
+        turn = room._staging()
         if isinstance(key, str):
             if value is _UNREAD:
                 raise TypeError("put(key, value) or put({key: value, …})")
             size = check_key(key)
             blob = encode(value)
-            room._count(size + len(blob))
-            self._writes[key] = blob
+            room._count(turn, size + len(blob))
+            turn.write(key, blob)
             return _DONE
         staged = {name: encode(each) for name, each in key.items()}
         size = 0
         for name, blob in staged.items():
             size += check_key(name) + len(blob)
-        room._count(size)
-        self._writes.update(staged)
+        room._count(turn, size)
+        for name, blob in staged.items():
+            turn.write(name, blob)
         return _DONE
 
     def delete(self, key: str | list[str]) -> _Done:
         """Remove one key or several. Awaited, it tells whether the key existed, or how many did."""
         room = self._room
-        room._staging()
+        turn = room._staging()
         if isinstance(key, str):
-            room._count(check_key(key))
+            room._count(turn, check_key(key))
             existed = self._look(key) is not None
-            self._writes[key] = None
+            turn.write(key, None)
             return _Done(existed)
-        room._count(sum([check_key(name) for name in key]))
+        room._count(turn, sum([check_key(name) for name in key]))
         count = 0
         for name in dict.fromkeys(key):
             count += self._look(name) is not None
-            self._writes[name] = None
+            turn.write(name, None)
         return _Done(count)
 
     def delete_all(self) -> _Done:
         """Remove everything that the room has stored."""
-        self._room._staging()
-        self._writes.clear()
-        self._cleared = True
+        turn = self._room._staging()
+        turn.writes = None
+        turn.cleared = turn.stored = True
         return _DONE
 
     async def list(
@@ -477,11 +546,12 @@ class Storage:
         if limit is not None and limit < 0:
             raise ValueError(f"list takes a limit of 0 or more, not {limit}")
         room = self._room
-        own = _turn.get() is room._effects  # and no stream of an earlier turn that reads meanwhile
-        cleared = own and self._cleared
+        turn = _turn.get()
+        own = turn.room is room  # and no stream of an earlier turn that reads meanwhile
+        cleared = own and turn.cleared
         overlay = {} if cleared else dict(room._pending)
-        if own:
-            overlay.update(self._writes)
+        if own and turn.writes:
+            overlay.update(turn.writes)
         hidden = cleared or room._pending_cleared
         found: dict[str, bytes] = {}
         if not hidden:
@@ -517,11 +587,12 @@ class Storage:
     def _look(self, key: str) -> bytes | None:
         """The newest value: of this turn, of an earlier turn on its way to disk, or from disk."""
         room = self._room
-        writes = self._writes
-        if (writes or self._cleared) and _turn.get() is room._effects:
-            if key in writes:
+        turn = _turn.get()
+        if turn.stored and turn.room is room:
+            writes = turn.writes
+            if writes is not None and key in writes:
                 return writes[key]
-            if self._cleared:
+            if turn.cleared:
                 return None
         pending = room._pending
         if key in pending:
@@ -550,10 +621,8 @@ class Room:
     """What a `Server` object reaches the world with: `self.room`."""
 
     __slots__ = (
-        "_bytes",
         "_bytes_max",
         "_connections",
-        "_effects",
         "_env",
         "_evict",
         "_host",
@@ -561,7 +630,6 @@ class Room:
         "_pending_cleared",
         "_settings",
         "_storage",
-        "_undo",
         "key",
     )
 
@@ -582,11 +650,8 @@ class Room:
         self._pending = pending
         self._pending_cleared = False
         self._storage: Storage | None = None
-        self._effects: list[Any] | None = None
-        self._bytes = 0
         self._bytes_max = settings.turn_bytes_max
-        #: What this turn has changed of connections, and how to undo it.
-        self._undo: dict[Connection, Undo] = {}
+        #: A turn that has ended has asked for eviction.
         self._evict = False
 
     def __repr__(self) -> str:
@@ -641,27 +706,27 @@ class Room:
         Raises:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
-        effects = self._staging()
+        turn = self._staging()
         data = frame_data(message)
         if isinstance(without, str | Connection):
             without = (without,)
         ids = [each.id if isinstance(each, Connection) else _text(each, "an id") for each in without]
         criteria = _criteria(tag, all_of, any_of, none_of)
-        self._count(_size(data))
-        effects.append([wire.BROADCAST, self.key, data, ids, *criteria])
+        self._count(turn, _size(data))
+        turn.effects.append([wire.BROADCAST, self.key, data, ids, *criteria])
 
     async def get_connection(self, connection_id: str) -> Connection | None:
         """The open connection with this id, or None. Asks the gateway; touches no socket."""
         connection_id = _text(connection_id, "an id")
-        for connection in self._connections.values():
+        for connection in self._newer():
             # One that is closed may have a successor with its id.
-            if connection._edits and not connection._closed and connection.id == connection_id:
+            if not connection._is_closed() and connection.id == connection_id:
                 return connection
         row = await self._host.ask_gateway(self.key, "find", connection_id)
         if row is None:
             return None
         connection = self._known(row)
-        return None if connection._closed else connection
+        return None if connection._is_closed() else connection
 
     async def get_connections(
         self,
@@ -678,11 +743,9 @@ class Room:
         """
         criteria = _criteria(tag, all_of, any_of, none_of)
         rows, rest = await self._host.ask_gateway(self.key, "list", criteria)
-        staged = sorted(
-            [each for each in self._connections.values() if each._edits], key=lambda each: each._number
-        )
+        staged = sorted(self._newer(), key=lambda each: each._number)
         edited = {each._number for each in staged}
-        extra = [each for each in staged if not each._closed and _matches(each.tags, criteria)]
+        extra = [each for each in staged if not each._is_closed() and _matches(each.tags, criteria)]
         while True:
             for row in rows:
                 number = row[1]
@@ -691,7 +754,7 @@ class Room:
                 if number in edited:
                     continue
                 connection = self._known(row)
-                if not connection._closed:
+                if not connection._is_closed():
                     yield connection
             if not rest:
                 break
@@ -709,7 +772,7 @@ class Room:
     ) -> int:
         """How many open connections match; see `get_connections`."""
         criteria = _criteria(tag, all_of, any_of, none_of)
-        if any(each._edits for each in self._connections.values()):
+        if self._newer():
             count = 0
             async for _ in self.get_connections(all_of=criteria[0], any_of=criteria[1], none_of=criteria[2]):
                 count += 1
@@ -718,8 +781,15 @@ class Room:
 
     def hibernate(self) -> None:
         """Ask to be evicted at the end of this turn, whatever idle_seconds says."""
-        self._staging()
-        self._evict = True
+        self._staging().evict = True
+
+    def _newer(self) -> list[Connection]:
+        """The connections of which something is known here and not yet to the gateway."""
+        turn = _turn.get()
+        own = turn.edits if turn.room is self else None
+        if own is None:
+            return [each for each in self._connections.values() if each._edits]
+        return list(dict.fromkeys([*own, *[each for each in self._connections.values() if each._edits]]))
 
     def _known(self, row: list[Any]) -> Connection:
         """The one object for the connection of a gateway's row."""
@@ -731,43 +801,36 @@ class Room:
             connection._refresh(card, state)
         return connection
 
-    def _staging(self) -> list[Any]:
-        """This turn's effects; RoomGone outside of it, also while another turn of the room is under way."""
-        effects = self._effects
-        if effects is None or _turn.get() is not effects:
+    def _staging(self) -> Turn:
+        """The running turn; RoomGone outside of it, also while another turn of the room is under way."""
+        turn = _turn.get()
+        if turn.room is not self:
             raise RoomGone(self.key)
-        return effects
+        return turn
 
-    def _count(self, size: int) -> None:
+    def _count(self, turn: Turn, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""
-        total = self._bytes + size
+        total = turn.bytes + size
         if total > self._bytes_max:
             self._refuse(total)
-        self._bytes = total
+        turn.bytes = total
 
     def _refuse(self, total: int) -> NoReturn:
         raise LimitExceeded(
             "a turn", total, self._bytes_max, "bytes staged", remedy="send and store less in one turn"
         )
 
-    def _begin(self) -> list[Any]:
-        """Open a turn."""
-        effects: list[Any] = []
-        self._effects = effects
-        self._bytes = 0
-        _turn.set(effects)
-        return effects
+    def _begin(self) -> Turn:
+        """Open a turn, and make it that of the running task."""
+        turn = Turn(self)
+        _turn.set(turn)
+        return turn
 
     def _discard(self) -> None:
-        """End a turn that failed: as if it had never been."""
-        self._effects = None
-        for connection, before in self._undo.items():
-            connection._restore(*before)
-        self._undo.clear()
-        if self._storage is not None:
-            self._storage._writes.clear()
-            self._storage._cleared = False
-        self._evict = False
+        """End the running turn, which has failed: as if it had never been."""
+        turn = _turn.get()
+        if turn.room is self:
+            turn.room = None
 
 
 def _matches(tags: tuple[str, ...], criteria: list[list[str]]) -> bool:

@@ -17,7 +17,7 @@ from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import DeadLetter, TurnTimeout
 from hibernation.logs import get_logger
-from hibernation.room import Connection, ConnectionContext, Room, check_tags
+from hibernation.room import Connection, ConnectionContext, Room, Turn, check_tags
 from hibernation.running import CLOSING, CONNECTING, OTHER, REPLAY, REPLAYING, mark_of
 from hibernation.suspects import Suspect
 from hibernation.suspension import carry_on, watched
@@ -36,7 +36,7 @@ _NAMES: Final = {
 class Exchanges(Protocol):
     """What turns need of the HTTP side; see `hibernation.exchanges`."""
 
-    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         """Run `on_request`."""
 
     def is_waiting(self, number: int) -> bool:
@@ -50,13 +50,13 @@ class Turns:
     """See the module.
 
     Args:
-        finish: Takes over a turn's result: cell, room, result.
+        finish: Takes over a turn and its result: cell, turn, result.
         suspended: Called when a hook begins to wait.
         dev: Tracebacks may be shown to clients.
     """
 
     def __init__(
-        self, finish: Callable[[Cell, Room, list[Any]], None], suspended: Callable[[], None], *, dev: bool
+        self, finish: Callable[[Cell, Turn, list[Any]], None], suspended: Callable[[], None], *, dev: bool
     ) -> None:
         self._finish = finish
         self._suspended = suspended
@@ -71,7 +71,7 @@ class Turns:
         """Run one event's turn to its end, well or not. Cancelled: `cancelled` has to end it."""
         room = cell.room
         assert room is not None
-        effects = room._begin()
+        turn = room._begin()
         kind = event[0]
         if kind == wire.MESSAGE:
             _, _, slot, number, card, state, end, data = event
@@ -99,22 +99,20 @@ class Turns:
             except trio.Cancelled:
                 raise
             except BaseException as error:  # noqa: BLE001 - room code may raise anything
-                effects = await self.fail(cell, room, worker, connection, error)
-            self._finish(cell, room, [wire.TURN, slot, number, end, effects])
+                turn = await self.fail(cell, room, worker, connection, error)
+            self._finish(cell, turn, [wire.TURN, slot, number, end, turn.effects])
         elif kind == wire.CONNECT:
-            await self._connect(cell, room, worker, event, effects)
+            await self._connect(cell, room, worker, event, turn)
         elif kind == wire.CLOSE:
-            await self._close(cell, room, worker, event, effects)
+            await self._close(cell, room, worker, event, turn)
         elif kind == REPLAY:
-            await self._replay(cell, room, worker, event, effects)
+            await self._replay(cell, room, worker, event, turn)
         else:
             worker.note[1] = 0
             worker.note[0] = OTHER
-            await self.exchanges.turn(cell, room, worker, event, effects)
+            await self.exchanges.turn(cell, room, worker, event, turn)
 
-    async def _connect(
-        self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]
-    ) -> None:
+    async def _connect(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         _, _, slot, number, card, state, request = event
         worker.note[1] = CONNECTING
         worker.note[0] = number
@@ -135,11 +133,11 @@ class Turns:
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
-            effects = await self.fail(cell, room, worker, connection, error)
+            turn = await self.fail(cell, room, worker, connection, error)
             failed = True
-        self._finish(cell, room, [wire.CONNECTED, slot, number, failed, effects])
+        self._finish(cell, turn, [wire.CONNECTED, slot, number, failed, turn.effects])
 
-    async def _close(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+    async def _close(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         _, _, slot, number, card, state, code, reason, clean, cause = event
         worker.note[1] = CLOSING
         worker.note[0] = number
@@ -154,8 +152,8 @@ class Turns:
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
-            effects = await self.fail(cell, room, worker, connection, error)
-        self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+            turn = await self.fail(cell, room, worker, connection, error)
+        self._finish(cell, turn, [wire.CLOSED, slot, number, turn.effects])
         if not connection._edits:
             cell.connections.pop(number, None)
 
@@ -168,7 +166,7 @@ class Turns:
         room = cell.room
         assert room is not None
         self.bury(cell, event, suspect)
-        effects = room._begin()
+        turn = room._begin()
         kind, _, slot, number, card, state = event[:6]
         worker.note[1], worker.note[0] = suspect.mark[1], number
         connection = cell.connections.get(number)
@@ -183,20 +181,20 @@ class Turns:
             self.failed += 1
             self.log_failure(f"a {name} is given up", cell, error, connection=connection)
         else:
-            effects = await self.fail(cell, room, worker, connection, error)
-        self._end_failed(cell, room, event, effects)
+            turn = await self.fail(cell, room, worker, connection, error)
+        self._end_failed(cell, turn, event)
 
-    def _end_failed(self, cell: Cell, room: Room, event: Event, effects: list[Any]) -> None:
+    def _end_failed(self, cell: Cell, turn: Turn, event: Event) -> None:
         """The result of a connection's turn that did not go through."""
         kind, slot, number = event[0], event[2], event[3]
         if kind == wire.MESSAGE:
-            self._finish(cell, room, [wire.TURN, slot, number, event[6], effects])
+            self._finish(cell, turn, [wire.TURN, slot, number, event[6], turn.effects])
         elif kind == wire.CONNECT:
-            self._finish(cell, room, [wire.CONNECTED, slot, number, True, effects])
+            self._finish(cell, turn, [wire.CONNECTED, slot, number, True, turn.effects])
         else:
-            self._finish(cell, room, [wire.CLOSED, slot, number, effects])
+            self._finish(cell, turn, [wire.CLOSED, slot, number, turn.effects])
 
-    async def _replay(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+    async def _replay(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         """Run a dead letter's event again. Nobody waits for its acknowledgement, and its connection may have
         gone.
         """
@@ -224,9 +222,9 @@ class Turns:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             failure = error
-            effects = await self.fail(cell, room, worker, connection, error)
+            turn = await self.fail(cell, room, worker, connection, error)
         self.replayed(cell, event, failure)
-        self._finish(cell, room, [wire.EFFECTS, effects])
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
 
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
         """End a turn that was cancelled from inside: it took too long, or the client of its request has
@@ -241,25 +239,25 @@ class Turns:
             if not self.exchanges.is_waiting(number):
                 room._discard()  # nobody waits for an answer, and nothing of the turn is kept (S26)
                 return
-            effects = await self.fail(cell, room, worker, None, error)
-            self.exchanges.fail(number, effects, error)
-            self._finish(cell, room, [wire.EFFECTS, effects])
+            turn = await self.fail(cell, room, worker, None, error)
+            self.exchanges.fail(number, turn.effects, error)
+            self._finish(cell, turn, [wire.EFFECTS, turn.effects])
             return
         if kind == REPLAY:
-            effects = await self.fail(cell, room, worker, None, error)
+            turn = await self.fail(cell, room, worker, None, error)
             self.replayed(cell, event, error)
-            self._finish(cell, room, [wire.EFFECTS, effects])
+            self._finish(cell, turn, [wire.EFFECTS, turn.effects])
             return
         slot, number, card, state = event[2:6]
         connection = cell.connections.get(number)
         if connection is None:
             connection = Connection(room, slot, number, card, state)
-        effects = await self.fail(cell, room, worker, connection, error)
-        self._end_failed(cell, room, event, effects)
+        turn = await self.fail(cell, room, worker, connection, error)
+        self._end_failed(cell, turn, event)
 
-    def finish_start(self, cell: Cell, room: Room, effects: list[Any]) -> None:
+    def finish_start(self, cell: Cell, turn: Turn) -> None:
         """`on_start` is a turn of its own: its effects leave when its writes are on disk."""
-        self._finish(cell, room, [wire.EFFECTS, effects])
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
 
     async def call(self, kind: Kind, worker: Worker, owner: Any, *arguments: Any) -> Any:
         """Call the worker's hook with as many arguments as it takes; await it if it has to be."""
@@ -272,18 +270,18 @@ class Turns:
 
     async def fail(
         self, cell: Cell, room: Room, worker: Worker, connection: Connection | None, error: BaseException
-    ) -> list[Any]:
-        """A turn has failed (S20): undo it, log it, tell `on_error`; return the effects of that hook."""
+    ) -> Turn:
+        """A turn has failed (S20): undo it, log it, tell `on_error`; return the turn of that hook."""
         # Whatever room code made of its cancellation, the turn ends as a cancelled one.
         await trio.lowlevel.checkpoint_if_cancelled()
         room._discard()
         self.log_failure(f"{worker.hook} failed", cell, error, connection=connection)
-        effects = room._begin()
+        turn = room._begin()
         if worker.hook == "on_error":
-            return effects
+            return turn
         self.failed += 1
         if "on_error" not in cell.kind.hooks:
-            return effects
+            return turn
         worker.hook = "on_error"
         try:
             await self.call(cell.kind, worker, cell.server, connection, error)
@@ -292,8 +290,8 @@ class Turns:
         except BaseException as second:  # noqa: BLE001 - room code may raise anything
             room._discard()
             self.log_failure("on_error failed", cell, second, connection=connection)
-            effects = room._begin()
-        return effects
+            turn = room._begin()
+        return turn
 
     def blame(self, error: BaseException) -> bytes:
         """What the client of a failed request is told: the traceback in dev, nothing of it elsewhere

@@ -105,17 +105,17 @@ class Disk:
         """What the host does at a turn's end."""
         room = cell.room
         assert room is not None
-        room._begin()
+        turn = room._begin()
         if clear:
             room.storage.delete_all()
         for key, value in writes.items():
             if value is None:
-                room.storage._writes[key] = None
+                turn.write(key, None)
             else:
                 room.storage.put(key, value)
-        room._effects = None
-        if room.storage._writes or room.storage._cleared:
-            self.commits.stage(cell, room)
+        turn.room = None
+        if turn.stored:
+            self.commits.stage(cell, turn)
         if cell.gate:
             self.commits.hold(cell, [name], [])
         else:

@@ -152,17 +152,17 @@ class Host:
             cell = self.cells[key] = Cell(key, PARTY)
         backstage: Any = self
         room = Room(backstage, key, Settings(), {}, cell.connections, cell.pending)
-        effects = room._begin()
+        turn = room._begin()
         blob = room.storage._look("count")
         count = 0 if blob is None else decode(blob)
         if counts:
             count += 1
             room.storage.put("count", count)
-        effects.append([wire.SEND, slot, number, f"{end} {count}"])
-        room._effects = None
-        if room.storage._writes:
-            self.commits.stage(cell, room)
-        result = [wire.TURN, slot, number, end, effects]
+        turn.effects.append([wire.SEND, slot, number, f"{end} {count}"])
+        turn.room = None
+        if turn.stored:
+            self.commits.stage(cell, turn)
+        result = [wire.TURN, slot, number, end, turn.effects]
         if cell.gate:
             self.commits.hold(cell, result, [])
         else:

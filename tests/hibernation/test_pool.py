@@ -19,7 +19,7 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
 from hibernation.party import make_parties
 from hibernation.pool import PARKED_MAX, Pool
-from hibernation.room import Room
+from hibernation.room import Room, Turn
 from hibernation.settings import Settings
 from hibernation.turns import Turns
 
@@ -31,7 +31,7 @@ H = TypeVar("H", bound="House")
 class NoExchanges:
     """No HTTP here."""
 
-    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, effects: list[Any]) -> None:
+    async def turn(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         raise AssertionError
 
     def is_waiting(self, number: int) -> bool:
@@ -87,11 +87,13 @@ class House:
         self.asked += 1
         return key in self.deserted
 
-    def _finish(self, cell: Cell, room: Room, result: list[Any]) -> None:
-        room._effects = None
-        for connection in room._undo:
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
+        assert turn.room is not None
+        turn.room._evict |= turn.evict
+        turn.room = None
+        for connection, edit in (turn.edits or {}).items():
+            connection._apply(edit)
             connection._edits -= 1
-        room._undo.clear()
         self.results.append((cell.key, result))
 
     def message(self, data: Any, room: str = "r", number: int = 1) -> None:

@@ -89,22 +89,20 @@ class Stage:
         )
 
     def begin(self) -> list[Any]:
-        return self.room._begin()
+        self.turn = self.room._begin()
+        return self.turn.effects
 
     def end(self) -> list[Connection]:
         """End a turn well: its writes are pending, its edits on their way. Gives the edited connections."""
-        room = self.room
-        room._effects = None
-        storage = room.storage
-        if storage._cleared:
+        turn = self.turn
+        turn.room = None
+        if turn.cleared:
             self.pending.clear()
-            room._pending_cleared = True
-            storage._cleared = False
-        self.pending.update(storage._writes)
-        storage._writes.clear()
-        edited = list(room._undo)
-        room._undo.clear()
-        return edited
+            self.room._pending_cleared = True
+        self.pending.update(turn.writes or {})
+        for connection, edit in (turn.edits or {}).items():
+            connection._apply(edit)
+        return list(turn.edits or {})
 
     def commit(self) -> None:
         """The disk has it."""
@@ -329,7 +327,7 @@ def test_what_outlives_a_turn_does_not_stage_into_the_next_one(stage):
         earlier.run(connection.send, "stray")
     with pytest.raises(RoomGone):
         earlier.run(stage.room.storage.put, "stray", 1)
-    assert stage.room._effects == []
+    assert stage.turn.effects == []
 
 
 # --- What a turn may stage ------------------------------------------------------------------------
@@ -366,7 +364,7 @@ def test_a_turn_stages_turn_bytes_max_and_not_one_byte_more(stage_bytes):
         connection = stage.connect(1)
         stage.begin()
         stage_bytes(stage.room, connection, size)
-        assert stage.room._bytes == size
+        assert stage.turn.bytes == size
     stage = Stage(turn_bytes_max=LIMIT)
     connection = stage.connect(1, state="old")
     effects = stage.begin()
@@ -374,7 +372,7 @@ def test_a_turn_stages_turn_bytes_max_and_not_one_byte_more(stage_bytes):
         stage_bytes(stage.room, connection, LIMIT + 1)
     assert effects == []
     assert connection.state == "old"
-    assert stage.room.storage._writes == {}
+    assert not stage.turn.writes
     assert not connection._edits
     stage_bytes(stage.room, connection, LIMIT)
     stage.end()
@@ -495,7 +493,7 @@ def test_a_failed_turn_leaves_nothing(stage):
     )
     effects = stage.begin()
     assert stage.get(["k", "l"]) == {"k": "disk"}
-    assert not stage.room._evict
+    assert not stage.turn.evict
     connection.send("open")
     other.send("open")
     assert len(effects) == 2
@@ -636,7 +634,7 @@ def test_keys_have_their_limit(stage, over, letter):
         else:
             with pytest.raises(StorageLimitError):
                 call()
-    assert bool(storage._writes) == (over <= 0)
+    assert bool(stage.turn.writes) == (over <= 0)
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1])
@@ -654,7 +652,7 @@ def test_values_have_their_limit(stage, over):
         ):
             with pytest.raises((StorageLimitError, LimitExceeded)):
                 call()
-        assert stage.room.storage._writes == {}
+        assert not stage.turn.writes
 
 
 @pytest.mark.parametrize("key", ["", "\ud800", 5, None, b"bytes"])
@@ -669,7 +667,7 @@ def test_what_is_no_key_is_refused(stage, key):
     ):
         with pytest.raises((ValueError, TypeError, ValueEncodingError)):
             call()
-    assert storage._writes == {}
+    assert not stage.turn.writes
 
 
 def test_put_of_many_is_all_or_nothing(stage):
