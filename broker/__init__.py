@@ -28,7 +28,13 @@ from hibernation.errors import (
     TurnTimeout,
 )
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
-from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
+from storage.errors import (
+    DataDirectoryError,
+    SchemaTooNew,
+    SqlError,
+    StorageLimitError,
+    ValueEncodingError,
+)
 
 if TYPE_CHECKING:
     from hibernation.requests import Request, Response
@@ -57,6 +63,7 @@ __all__ = [
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",
+    "SqlError",
     "ValueEncodingError",
 ]
 

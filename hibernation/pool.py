@@ -667,7 +667,9 @@ class Pool:
                 running = worker.cell
                 if running is None or not worker.event:
                     continue
-                if now - worker.started >= running.kind.settings.turn_timeout:
+                if self.paused and running.gate:
+                    worker.started = now  # it may be waiting for the disk, and has its time when that goes on
+                elif now - worker.started >= running.kind.settings.turn_timeout:
                     worker.cancel()
             if not self._idle and not self._retries:
                 self._clock_wanted = trio.Event()

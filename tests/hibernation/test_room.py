@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hibernation import wire
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.link import encode as encode_for_link
-from hibernation.room import Connection, Room
+from hibernation.room import Connection, Room, Turn
 from hibernation.settings import Settings
 from storage.errors import StorageLimitError, ValueEncodingError
 from storage.values import decode, encode
@@ -29,6 +29,8 @@ class FakeHost:
         self.disk: dict[str, bytes] = {}
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
+        self.own_databases: set[str] = set()
+        self.questions = 0
 
     def read(self, key: str, name: str) -> bytes | None:
         return self.disk.get(name)
@@ -36,6 +38,16 @@ class FakeHost:
     def read_range(self, key: str, **bounds: Any) -> list[tuple[str, bytes]]:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
+
+    def read_many(self, key: str, names: Any) -> dict[str, bytes]:
+        self.questions += 1
+        return {name: self.disk[name] for name in names if name in self.disk}
+
+    def open_database(self, key: str) -> None:
+        raise AssertionError("no room has one")
+
+    async def own_database(self, key: str, turn: Turn) -> Any:
+        raise AssertionError("no room has one")
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
