@@ -355,7 +355,7 @@ class Commits:
         deleted = self._deleted
         return (
             any(row > deleted.get(shard, 0) for shard, row in self._executed.items())
-            or self._databases.any_open
+            or self._databases.are_open()
             or bool(self._databases.unadopted)
         )
 
@@ -380,7 +380,7 @@ class Commits:
 
     def tidy_with_next(self) -> None:
         """Look after the own databases of rooms with the next commit."""
-        self._tidy_due = self._databases.any_open
+        self._tidy_due = self._databases.are_open()
 
     def _look_after(self, batch: Batch) -> None:
         """Add to a batch what the own databases of rooms want: that their shards know of them, that executed

@@ -191,8 +191,7 @@ class RoomDatabases:
         """Give those that are open."""
         return self._open.values()
 
-    @property
-    def any_open(self) -> bool:
+    def are_open(self) -> bool:
         """Whether any is open."""
         return bool(self._open)
 
