@@ -409,9 +409,11 @@ class Commits:
             if row > self._deleted.get(shard, 0):
                 with contextlib.suppress(CommitRefused):
                     self._shards[shard].commit(ShardBatch(), (), row)
+        # What was cancelled with this process must not be committed with them.
+        self._databases.abandon_turns()
         for database in self._databases.all_open():
             executed = self._executed.get(database.shard.index, 0)
-            if 0 < database.newest_row <= executed:
+            if 0 < database.newest_row <= executed and database.is_free:
                 with contextlib.suppress(CommitRefused):
                     database.commit(ShardBatch(), (), executed)
 

@@ -349,6 +349,24 @@ def test_what_could_not_be_committed_before_a_gateway_went_has_not_been(world: W
     assert world.stored("other") == ({}, ["c"])
 
 
+def test_a_clean_end_takes_executed_rows_and_nothing_of_a_turn_that_was_cancelled(world: World) -> None:
+    """S22, S32: that one runs again, elsewhere."""
+    world.do("r", "moves", add("a"))
+    world.executed()
+
+    async def main() -> None:
+        cell = world.cell("r")
+        assert cell.room is not None
+        cell.room._begin()
+        await cell.room.storage.sql(INSERT, "half done")
+
+    trio.run(main)
+    world.commits.close()
+    database = world.databases.get("main/r")
+    assert database.rows() == []
+    assert database._file.read("SELECT name FROM t") == [("a",)]
+
+
 # Disks
 
 

@@ -769,3 +769,32 @@ def test_a_room_knows_its_names(stage):
     """An id may hold a slash."""
     room = Room(stage.host, "chat/a/b", Settings(), {"A": "b"}, {}, {})
     assert (room.id, room.party, room.name, room.env) == ("a/b", "chat", "chat", {"A": "b"})
+
+
+def test_many_keys_are_one_question_to_the_disk():
+    """S27: those that this turn or an earlier one has written are none."""
+    stage = Stage()
+    stage.host.disk = {f"k{number}": encode(number) for number in range(300)}
+    stage.pending.update(k1=encode("pending"), k2=None)
+    stage.begin()
+    storage = stage.room.storage
+    storage.put("k0", "own")
+    names = [f"k{number}" for number in range(300)]
+
+    async def look() -> None:
+        found = await storage.get([*names, "none", "k0"])
+        assert list(found.items())[:3] == [("k0", "own"), ("k1", "pending"), ("k3", 3)]
+        assert len(found) == 299
+        assert stage.host.questions == 1
+        assert await storage.delete([*names, "none", "k0"]) == 299
+        assert await storage.get(names) == {}
+        assert stage.host.questions == 2
+
+    trio.run(look)
+    wrong: Any = [1]
+
+    async def look_for_a_number() -> None:
+        with pytest.raises(TypeError, match="a storage key is a str"):
+            await storage.get(wrong)
+
+    trio.run(look_for_a_number)
