@@ -37,7 +37,13 @@ from hibernation.mounted import mount
 from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
 from hibernation.sse import sse
-from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
+from storage.errors import (
+    DataDirectoryError,
+    SchemaTooNew,
+    SqlError,
+    StorageLimitError,
+    ValueEncodingError,
+)
 
 if TYPE_CHECKING:
     from hibernation.requests import Request, Response
@@ -75,6 +81,7 @@ __all__ = [
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",
+    "SqlError",
     "ValueEncodingError",
 ]
 
