@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from broker.server import Server
 from hibernation.auto_responses import AutoResponse
+from hibernation.crons import Cron
 from hibernation.errors import (
     AppError,
     BrokerError,
@@ -36,6 +37,7 @@ from hibernation.errors import (
 from hibernation.mounted import mount
 from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.room_alarms import Alarm
 from hibernation.sse import sse
 from storage.errors import (
     DataDirectoryError,
@@ -56,6 +58,8 @@ __all__ = [
     "ConnectionContext",
     "Lobby",
     "Storage",
+    "Alarm",
+    "Cron",
     "AutoResponse",
     "Parties",
     "PartyRooms",

@@ -41,14 +41,16 @@ class Server:
         on_connect(self, connection, ctx)
         on_message(self, message, sender)                         message: str or bytes
         on_close(self, connection, code, reason, was_clean)       exactly once per connection
-        on_error(self, connection, error)                         connection is None for requests
+        on_error(self, connection, error)                         connection is None for requests and alarms
         on_request(self, request)                                 returns what a Quart view may return
+        on_alarm(self, alarm)                                     an alarm that the room has set is due
 
     and static methods, which run before there is a room:
 
         on_before_connect(request, lobby)                         go on, or refuse
         on_before_request(request, lobby)
         on_fetch(request, lobby)                                  main party: requests that belong to no room
+        on_cron(cron, lobby)                                      main party: one of `crons` is due
 
     Raises HookError or SettingError where a subclass is made whose hooks or settings cannot work.
     """
@@ -66,6 +68,10 @@ class Server:
     """WebSocket subprotocols, best first; () echoes the first that a client offers (S17)."""
     auto_responses: ClassVar[Mapping[Any, str | bytes] | Sequence[AutoResponse]] = ()
     """Messages that the gateway answers without waking a room, such as {"ping": "pong"} (S16)."""
+    crons: ClassVar[Mapping[str, str]] = {}
+    """Main party: when `on_cron` is called, by names of one's own: five fields as in crontab(5) (S31)."""
+    cron_timezone: ClassVar[str] = "UTC"
+    """The time zone that `crons` are meant in, such as "Europe/Berlin"."""
     cors: ClassVar[bool | Mapping[str, str]] = False
     """Headers that let other origins' pages read this party's answers; True for a set that lets everybody."""
     stream_requests: ClassVar[bool] = False
@@ -86,6 +92,9 @@ class Server:
     auto_responses_max: ClassVar[int]
     turn_timeout: ClassVar[float]
     turn_bytes_max: ClassVar[int]
+    alarms_max: ClassVar[int]
+    alarm_payload_bytes_max: ClassVar[int]
+    alarm_tries: ClassVar[int]
     background_max: ClassVar[int]
     fetch_timeout: ClassVar[float]
     fetch_bytes_max: ClassVar[int]

@@ -13,6 +13,8 @@ The host, which runs room code and owns no socket of a client:
     pool, cells    workers, ready rooms, waking and eviction; the records of all this
     turns, room    what an event means to a room; what room code holds in its hands
     exchanges, requests    HTTP on the room's side
+    alarms, alarm_book, room_alarms    alarms: waking, order, what room code sees
+    crons, cron, wall_clock    ticks, expressions, the time of day
     commits        what is on disk before what leaves
     suspension     turns that wait, without a task for each
     watchdog       names the handler that blocks the loop

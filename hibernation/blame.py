@@ -13,6 +13,7 @@ from typing import Any
 from cbor2 import dumps, loads
 
 from hibernation import wire
+from hibernation.alarms import Alarms
 from hibernation.cells import Cell, Event, Kind
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig
@@ -20,7 +21,7 @@ from hibernation.explanation import explain
 from hibernation.logs import get_logger
 from hibernation.pool import Pool
 from hibernation.probation import Probation
-from hibernation.running import REPLAY, Mark, Running, mark_of, mark_of_start, read_left, running_path
+from hibernation.running import ALARM, REPLAY, Mark, Running, mark_of, mark_of_start, read_left, running_path
 from hibernation.suspects import Suspect, Suspects
 from hibernation.turns import Turns
 from storage.blame import BlameTables, Letter, Quarantined, SuspectRow
@@ -72,6 +73,8 @@ class Blame:
                 suspects=sum(each.alone for each in self.suspects.by_mark.values()),
                 blocked=left.blocked,
             )
+        #: Set by the host. Alarms of a room that does not start wait until it may be started again.
+        self.alarms: Alarms
         self._pool: Pool
         self._commits: Commits
         self._put: Callable[[list[Any]], None]
@@ -156,6 +159,7 @@ class Blame:
         if requests:
             cell.events[:] = [event for event in cell.events if event[0] != wire.REQUEST]
             self._refuse(requests)
+        self.alarms.held(cell)
 
     # --- Commands ---------------------------------------------------------------------------------
 
@@ -239,6 +243,7 @@ class Blame:
     def _explain(self, key: str, reply: Callable[[Any], None]) -> None:
         facts = explain(self._pool, key)
         room = self._quarantined.get(key)
+        facts |= self.alarms.explain(key)
         facts["quarantine"] = None if room is None else {"reason": room.reason, "since": room.since}
         reply(facts)
 
@@ -247,6 +252,7 @@ class Blame:
             reply({"released": 0})
             return
         del self._quarantined[key]
+        self.alarms.released(key)
         self._commits.blaming(self._commits.shard_of(key)).release([key])
         self.suspects.acquit(mark_of_start(key))
         self._commits.when_stored(lambda: self._say_released(key, reply))
@@ -278,17 +284,41 @@ def _row(suspect: Suspect) -> SuspectRow:
     )
 
 
-_KINDS = {wire.CONNECT: "connect", wire.MESSAGE: "message", wire.CLOSE: "close"}
+_KINDS = {wire.CONNECT: "connect", wire.MESSAGE: "message", wire.CLOSE: "close", ALARM: "alarm"}
 
 
 def _shown(shard: int, letter: Letter, *, whole: bool = False) -> dict[str, Any]:
     """A dead letter as the commands show it."""
-    kind, _, _, number, card, state, *rest = loads(letter.event)
+    kind, *fields = loads(letter.event)
+    if kind == ALARM:
+        return _shown_alarm(shard, letter, fields, whole=whole)
+    _, _, number, card, state, *rest = fields
     connection_id, uri, tags = wire.read_card(card)
-    party, _, room = letter.room.partition("/")
     data = rest[1] if kind == wire.MESSAGE else None
     size = len(data.encode()) if isinstance(data, str) else len(data or b"")
-    facts: dict[str, Any] = {
+    facts = _facts(shard, letter, kind, connection_id, size)
+    if whole:
+        facts |= {"number": number, "uri": uri, "tags": list(wire.blob_tags(tags)), "state": state}
+        if kind == wire.MESSAGE:
+            facts["data"] = rest[1][:SHOWN_BYTES_MAX]
+        elif kind == wire.CLOSE:
+            facts |= {"code": rest[0], "close_reason": rest[1], "clean": rest[2], "cause": rest[3]}
+    return facts
+
+
+def _shown_alarm(shard: int, letter: Letter, fields: list[Any], *, whole: bool) -> dict[str, Any]:
+    _, name, _, scheduled_ms, attempt, payload = fields
+    facts = _facts(shard, letter, ALARM, None, len(payload or b""))
+    if whole:
+        facts |= {"name": name, "scheduled_at": scheduled_ms / 1000, "attempt": attempt + 1}
+        facts["payload"] = payload[:SHOWN_BYTES_MAX] if payload is not None else None
+    return facts
+
+
+def _facts(shard: int, letter: Letter, kind: int, connection_id: str | None, size: int) -> dict[str, Any]:
+    """What is shown of every dead letter."""
+    party, _, room = letter.room.partition("/")
+    return {
         "id": f"{shard}.{letter.id}",
         "party": party,
         "room": room,
@@ -299,10 +329,3 @@ def _shown(shard: int, letter: Letter, *, whole: bool = False) -> dict[str, Any]
         "reason": letter.reason,
         "died_at": letter.died_at,
     }
-    if whole:
-        facts |= {"number": number, "uri": uri, "tags": list(wire.blob_tags(tags)), "state": state}
-        if kind == wire.MESSAGE:
-            facts["data"] = rest[1][:SHOWN_BYTES_MAX]
-        elif kind == wire.CLOSE:
-            facts |= {"code": rest[0], "close_reason": rest[1], "clean": rest[2], "cause": rest[3]}
-    return facts

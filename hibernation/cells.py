@@ -14,6 +14,7 @@ import trio
 
 from hibernation.party import Party
 from hibernation.settings import RoomSettings, Settings
+from storage.alarms import AlarmRow
 from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
@@ -86,8 +87,10 @@ class Cell:
     gate = 0
     #: Where those writes go: a shard, or the room's own database, by the room's key; -1: not known yet.
     shard: Store = -1
-    #: Everything stored before `pending` is to be deleted.
+    #: Everything stored before `pending` and `pending_alarms` is to be deleted.
     pending_cleared = False
+    #: Alarms set or deleted, not yet committed: name to row, None for deleted.
+    pending_alarms: "dict[str, AlarmRow | None] | None" = None
     #: Attempts to start that failed, since when, and when to try again; 0: at once; infinity: in quarantine.
     failures = 0
     failing_since = 0.0
@@ -155,6 +158,8 @@ class Batch:
     left: list[Store] = field(default_factory=list)
     #: Whether there are rooms' own databases among its stores; and those that are closed with it.
     has_own: bool = False
+    #: By shard: the alarms of such rooms, of which their shards are told when all the others have committed.
+    behind: dict[int, ShardBatch] = field(default_factory=dict)
     closing: "list[RoomDatabase]" = field(default_factory=list)
 
 

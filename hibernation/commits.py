@@ -12,7 +12,8 @@ outcome is unknown ends the process: the next one finds in the outbox what was c
 
 Rows of a room's own database are numbered by its shard. Nothing of a batch leaves before all its stores have
 committed, and then each shard's rows leave in the order of their numbers: so whatever part of a batch is on
-disk when this process ends, no row of it is older than one that has left.
+disk when this process ends, no row of it is older than one that has left. Alarms of these rooms are in the
+shard like all others: it is told of changes behind the room's own commit, which notes them for the next host.
 
 One turn at a time has a room's own database: from its first statement until the batch that it ends up in is
 on disk, since its statements are in the one transaction that this commits. The next such turn waits. Turns of
@@ -31,6 +32,7 @@ Invariants:
 import contextlib
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final
 
 import trio
@@ -41,6 +43,7 @@ from hibernation.cells import Batch, Cell, Store
 from hibernation.logs import get_logger
 from hibernation.room import Beside, Connection, Turn
 from storage.blame import BlameBatch
+from storage.crons import CronRow
 from storage.errors import CommitRefused, SqlError
 from storage.room_database import RoomDatabase
 from storage.room_databases import RoomDatabases
@@ -125,8 +128,10 @@ class Commits:
         self.count = 0
         #: Why the disk refuses what is to be committed; None: it does not.
         self.paused: str | None = None
-        # Set by the host: says that what runs has nothing to do with the end that comes.
+        # Set by the host: says that what runs has nothing to do with the end that comes; told of each commit
+        # that sets alarms, with its shard and the first of their due times.
         self.absolve: Callable[[], None] = lambda: None
+        self.alarms_stored: Callable[[int, int], None] = lambda _shard, _due_ms: None
 
     @property
     def idle(self) -> bool:
@@ -168,20 +173,31 @@ class Commits:
         if inner is not None and inner.database is not None:
             if not self._stage_statements(cell, turn, inner.database):
                 return
-            index = cell.shard
+            self._stage(cell, turn, cell.shard)
         elif index == cell.key and self._is_held(cell.key):
             self._put_off_to(cell).turns.append(turn)
-            self._show(cell, turn)
-            return
-        self._stage(cell, turn, index)
-        self._show(cell, turn)
+        else:
+            self._stage(cell, turn, index)
+        if turn.cleared:
+            cell.pending.clear()
+            cell.pending_cleared = True
+            cell.pending_alarms = None
+            assert cell.room is not None
+            cell.room._pending_cleared = True
+        if turn.writes is not None:
+            cell.pending.update(turn.writes)
+        if turn.alarms:
+            if cell.pending_alarms is None:
+                cell.pending_alarms = {}
+            cell.pending_alarms.update(turn.alarms)
 
     def _stage(self, cell: Cell, turn: Turn, store: Store) -> None:
         batch = self._join(cell, store)
         if turn.cleared:
             batch.clear(cell.key)
-            if type(store) is str and (turn.inner is None or not turn.inner.dropped):
-                batch.drops_tables = True
+            if type(store) is str:
+                batch.drops_tables = batch.drops_tables or turn.inner is None or not turn.inner.dropped
+                self._behind(cell.key).clear(cell.key)
         writes = turn.writes
         if writes is not None:
             for name, blob in writes.items():
@@ -189,6 +205,20 @@ class Commits:
                     batch.delete(cell.key, name)
                 else:
                     batch.put(cell.key, name, blob)
+        if turn.alarms:
+            batch.alarming.stage(cell.key, turn.alarms)
+            if type(store) is str:
+                self._behind(cell.key).alarming.stage(cell.key, turn.alarms)
+            dues = [row.due_ms for row in turn.alarms.values() if row is not None and not row.failed]
+            if dues:
+                # Lasting: the batch may be kept when the gateway goes, and alarms are looked for before it is
+                # on disk.
+                stored = partial(self.alarms_stored, self.shard_of(cell.key), min(dues))
+                self._forming.lasting.append(stored)
+
+    def _behind(self, key: str) -> ShardBatch:
+        """What the shard of a room with a database of its own is told when that has committed."""
+        return self._forming.behind.setdefault(self.shard_of(key), ShardBatch())
 
     def _join(self, cell: Cell, store: Store) -> ShardBatch:
         """What the room does next is released by the commit that is being formed, in this store."""
@@ -209,16 +239,6 @@ class Commits:
         if put_off is None:
             put_off = self._put_off[cell.key] = PutOff()
         return put_off
-
-    def _show(self, cell: Cell, turn: Turn) -> None:
-        """Let later turns of the room read what this one has written."""
-        if turn.cleared:
-            cell.pending.clear()
-            cell.pending_cleared = True
-            assert cell.room is not None
-            cell.room._pending_cleared = True
-        if turn.writes is not None:
-            cell.pending.update(turn.writes)
 
     def hold(
         self, cell: Cell, result: list[Any], edits: list[tuple[Cell, Connection]], size_bytes: int = 0
@@ -539,7 +559,7 @@ class Commits:
         changed = database.end()
         if changed:
             cell.shard = cell.key  # from now on, whether it was before or not
-        return changed or bool(turn.writes) or turn.cleared
+        return changed or bool(turn.writes) or bool(turn.alarms) or turn.cleared
 
     def _is_held(self, key: str) -> bool:
         """Whether another turn has the room's database."""
@@ -618,6 +638,20 @@ class Commits:
         self.must_store(cell)
         return blaming
 
+    def claim_tick(self, index: int, row: CronRow, action: Callable[[CronRow], None] | None) -> None:
+        """Have the next commit of this shard say that a tick of a cron is run; then call `action`, if there
+        is one, also when the gateway has gone meanwhile.
+        """
+        forming = self._forming
+        batch = forming.shards.get(index)
+        if batch is None:
+            batch = forming.shards[index] = ShardBatch()
+        batch.crons[row.name] = row
+        if action is None:
+            forming.after.append(_nothing)
+        else:
+            forming.lasting.append(partial(action, row))
+
     def when_stored(self, action: Callable[[], None]) -> None:
         """Call `action` when all that has been staged is on disk; the commit begins with the next round."""
         self._forming.after.append(action)
@@ -645,6 +679,9 @@ class Commits:
             rows = batch.rows.get(store) if isinstance(store, int) else batch.own_rows.get(store)
             self._file(store).commit(batch.shards[store], rows or (), batch.executed.get(store, 0))
             left.pop()
+        for index in list(batch.behind):
+            self._shards[index].commit(batch.behind[index])
+            del batch.behind[index]
         for database in batch.closing:
             database.close_unless_wanted()
 
@@ -659,6 +696,7 @@ class Commits:
                 cell.gate = 0
                 cell.pending.clear()
                 cell.pending_cleared = False
+                cell.pending_alarms = None
                 if cell.room is not None:
                     cell.room._pending_cleared = False
         if batch.has_own:
@@ -688,6 +726,10 @@ class Commits:
         self.absolve()
         log.critical("commit failed: this host ends, its events are delivered again", error=repr(error))
         os._exit(os.EX_IOERR)
+
+
+def _nothing() -> None:
+    """What is to be done when something has been stored for whoever comes next."""
 
 
 def _lost() -> SqlError:

@@ -202,14 +202,15 @@ class FetchCircle(BrokerError):
 class DeadLetter(BrokerError):
     """An event ended the host of its room again and again; it is not given to its hook any more (S23).
 
-    `on_error` is called with it, once. `event` is "message", "connect" or "close", `tries` how often the
-    event was run, `reason` how the hosts ended. The event is kept: `broker dead-letters` lists it, and can
-    have it run once more.
+    `on_error` is called with it, once. `event` is "message", "connect", "close" or "alarm", `tries` how often
+    the event was run, `reason` how the hosts ended. The event is kept: `broker dead-letters` lists it, and
+    can have it run once more.
     """
 
     def __init__(self, event: str, tries: int, reason: str) -> None:
+        article, times = "an" if event == "alarm" else "a", "time" if tries == 1 else "times"
         super().__init__(
-            f"a {event} ended its host {tries} time{'' if tries == 1 else 's'} ({reason}): it is given up; "
+            f"{article} {event} ended its host {tries} {times} ({reason}): it is given up; "
             "`broker dead-letters` keeps it, and `broker dead-letters replay` runs it again"
         )
         self.event = event

@@ -257,6 +257,11 @@ class Exchanges:
 
     # --- Static hooks -----------------------------------------------------------------------------
 
+    def lobby(self, kind: Kind, room: str | None) -> Lobby:
+        """What a static hook of this party is told."""
+        parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
+        return Lobby(room, kind.name, self._env, parties, self._serve)
+
     async def _static(
         self, kind: Kind, hook: str, fields: dict[str, Any], feed: Feed | None = None
     ) -> tuple[Reply | None, Any]:
@@ -274,8 +279,7 @@ class Exchanges:
         request = build_request(fields, feed)
         provide_app()
         room = fields.get("room")
-        parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
-        lobby = Lobby(room, kind.name, self._env, parties, self._serve)
+        lobby = self.lobby(kind, room)
         try:
             with trio.fail_after(kind.settings.turn_timeout):
                 value = getattr(kind.cls, hook)(*(request, lobby)[: kind.parameters[hook]])

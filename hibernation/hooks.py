@@ -29,8 +29,7 @@ class Hook:
     """One line of the table: what a hook is called and given.
 
     `static`: runs before there is a room, so it has no `self`. `main_only`: only the main party's is ever
-    called. `available`: False where nothing in this version calls it; it is checked all the same, and said
-    when the app loads.
+    called.
     """
 
     name: str
@@ -38,7 +37,6 @@ class Hook:
     doc: str
     static: bool = False
     main_only: bool = False
-    available: bool = True
 
     def line(self, *, is_async: bool = True) -> str:
         """The hook as it is written in a class; a static one takes two lines."""
@@ -53,15 +51,15 @@ _ROOM_HOOKS = (
     Hook("on_connect", ("connection", "ctx"), "A client has connected."),
     Hook("on_message", ("message", "sender"), "A client has sent a message: str or bytes."),
     Hook("on_close", ("connection", "code", "reason", "was_clean"), "A connection has ended; once for each."),
-    Hook("on_error", ("connection", "error"), "A hook has raised; connection is None for a request."),
+    Hook("on_error", ("connection", "error"), "A hook has raised; connection may be None."),
     Hook("on_request", ("request",), "An HTTP request to this room; returns what a Quart view may return."),
-    Hook("on_alarm", ("alarm",), "An alarm that the room has set is due.", available=False),
+    Hook("on_alarm", ("alarm",), "An alarm that the room has set is due."),
 )
 _STATIC_HOOKS = (
     Hook("on_before_connect", ("request", "lobby"), "Before a WebSocket is accepted.", static=True),
     Hook("on_before_request", ("request", "lobby"), "Before a request reaches its room.", static=True),
     Hook("on_fetch", ("request", "lobby"), "A request of no room.", static=True, main_only=True),
-    Hook("on_cron", ("cron", "lobby"), "A cron is due.", static=True, main_only=True, available=False),
+    Hook("on_cron", ("cron", "lobby"), "A cron is due.", static=True, main_only=True),
 )
 
 HOOKS: Final[Mapping[str, Hook]] = {hook.name: hook for hook in (*_ROOM_HOOKS, *_STATIC_HOOKS)}

@@ -40,12 +40,14 @@ import trio
 from outcome import Value
 
 from hibernation import wire
+from hibernation.alarms import Alarms
 from hibernation.background import CLEAN_UP_SECONDS, Background
 from hibernation.blame import Blame
 from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
+from hibernation.crons import Crons, main_party
 from hibernation.errors import RoomGone, UnknownParty
 from hibernation.exchanges import Exchanges
 from hibernation.link import Link, LinkError, StreamDecoder, encode
@@ -211,6 +213,26 @@ class Host:
             self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
         )
         self._commits.absolve = self._blame.running.absolve
+        self._alarms = Alarms(
+            self._shards, self._kinds, self._pool, self._commits, settings.alarms_in_flight_max
+        )
+        self._crons = Crons(
+            main_party(parties),
+            self._shards,
+            settings,
+            lambda: self._exchanges.lobby(self._kinds["main"], None),
+            self._pool,
+            self._commits,
+            self._flush,
+            self._turns.log_failure,
+        )
+        self._turns.alarms = self._blame.alarms = self._alarms
+        self._commits.alarms_stored = self._alarms.stored
+        # What rooms ask of alarms (`room_alarms.AlarmSource`).
+        self.check_alarms = self._alarms.check_alarms
+        self.read_alarm = self._alarms.read_alarm
+        self.read_alarms = self._alarms.read_alarms
+        self.count_alarms = self._alarms.count_alarms
         for index, rows in self._databases.recover(_damaged).items():
             for row, items in rows:
                 self._put_row(index, row, items)
@@ -223,6 +245,8 @@ class Host:
         self._nursery = self._background.nursery = nursery
         nursery.start_soon(self._serve_gateways)
         nursery.start_soon(self._tidy)
+        nursery.start_soon(self._alarms.run)
+        nursery.start_soon(self._crons.run)
 
     async def run(self) -> None:
         """Serve until SIGTERM; then end the turns under way, release their effects, and return."""
@@ -265,6 +289,8 @@ class Host:
             link = await self._connect()
             if link is not None:
                 self._serve(link)
+                self._alarms.open()
+                self._crons.open()
                 await self._pool.run()
                 self._commits.abandon_turns()
                 self._forget()  # also what was still said while tasks came to their end
@@ -359,6 +385,8 @@ class Host:
         numbers mean other things; and it knows all values that they leave with it. Questions that somebody
         still waits for, it is asked again.
         """
+        self._alarms.close()
+        self._crons.close()
         self._outgoing.clear()
         self._out = [item for item in self._out if item[0] in _RESULTS]
         self._out_edits.clear()
@@ -396,7 +424,11 @@ class Host:
         left = began + drain - trio.current_time()
         with trio.move_on_after(max(left, min(drain, LAST_TURNS_SECONDS))):
             while (  # noqa: ASYNC110
-                self._pool.busy or self._exchanges.busy or self._background.busy or not self._commits.idle
+                self._pool.busy
+                or self._exchanges.busy
+                or self._background.busy
+                or self._crons.busy
+                or not self._commits.idle
             ):
                 await trio.sleep(RECONNECT_SECONDS)
         await self._end_background()
@@ -717,6 +749,8 @@ class Host:
             "commits": self._commits.count,
             "paused": self._commits.paused,
             **self._blame.counts(),
+            **self._alarms.counts(),
+            **self._crons.counts(),
         }
 
     # --- What `room.Backstage` promises -----------------------------------------------------------

@@ -10,10 +10,13 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC
 from pathlib import Path
 from typing import Any, Final, Literal, cast, get_args
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from hibernation.auto_responses import AutoResponse, read_rules, to_plain
+from hibernation.cron import CronError, Schedule
 from hibernation.errors import AppError, HookError, LimitExceeded, SettingError
 from hibernation.hooks import HOOKS, HookSpec, check_hooks, find, location, owners, where
 from hibernation.settings import ROOM_SETTINGS, SETTINGS, RoomSettings, Settings, nearest
@@ -37,6 +40,8 @@ _CLASS_NAMES: Final = (
     "cors",
     "stream_requests",
     "static",
+    "crons",
+    "cron_timezone",
 )
 _PLAIN: Final = (bool, int, float, str, bytes, tuple, list, set, frozenset, dict)
 
@@ -60,7 +65,7 @@ class Party:
     wake and every message asks of them. `auto_responses` are answered without its rooms. `cors` are the
     headers for its answers, or None. `overrides` are the settings that stand on the class. `stream_requests`:
     a request's turn begins before its body is there. `static`: the folder whose files answer requests that
-    belong to no room.
+    belong to no room. `crons` are its schedules, by name.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Party:
     cors: tuple[tuple[str, str], ...] | None = None
     stream_requests: bool = False
     static: Path | None = None
+    crons: Mapping[str, Schedule] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -105,6 +111,7 @@ class Party:
             cors=_cors(server),
             stream_requests=_flag(server, "stream_requests"),
             static=_static_folder(server),
+            crons=_crons(server),
             overrides=_overrides(server),
         )
 
@@ -133,11 +140,12 @@ class Party:
     @property
     def notices(self) -> tuple[str, ...]:
         """What its author should hear when the app is loaded, one sentence each."""
-        return tuple(
-            f"{self.cls.__name__}.{name} is never called: this version of the broker does not do that yet"
-            for name, hook in HOOKS.items()
-            if name in self.hooks and not hook.available
-        )
+        name = self.cls.__name__
+        if "on_cron" in self.hooks and not self.crons:
+            return (f'{name}.on_cron is never called: give the class crons = {{"name": "*/5 * * * *"}}',)
+        if self.crons and "on_cron" not in self.hooks:
+            return (f"{name}.crons are never run: the class has no on_cron",)
+        return ()
 
     def describe(self) -> dict[str, Any]:
         """What a gateway must know of the party, as plain values for the link."""
@@ -194,6 +202,13 @@ def make_parties(classes: Sequence[type[Any]]) -> list[Party]:
                     location=location(owner, name, value),
                     remedy="class Main(Server): ...   (and move the hook there)",
                 )
+        owner, value = find(server, "crons")
+        if party.crons and not any(issubclass(main, owner) for main in mains):
+            raise SettingError(
+                _source(owner, "crons", value),
+                f'only the main party has crons, and this is the party "{party.name}" of several: '
+                "move them to class Main(Server)",
+            )
         parties[party.name] = party
     return list(parties.values())
 
@@ -219,6 +234,7 @@ def check_class(server: type[Any]) -> dict[str, HookSpec]:
     _subprotocols(server)
     _auto_responses(server)
     _cors(server)
+    _crons(server)
     _overrides(server)
     return specs
 
@@ -321,6 +337,35 @@ def _cors(server: type[Any]) -> tuple[tuple[str, str], ...] | None:
         'give True, False, or headers such as {"Access-Control-Allow-Origin": "https://example.com"}',
         given=value,
     )
+
+
+def _crons(server: type[Any]) -> dict[str, Schedule]:
+    owner, value = find(server, "cron_timezone")
+    if not isinstance(value, str):
+        raise SettingError(
+            _source(owner, "cron_timezone", value), 'give a name such as "Europe/Berlin"', given=value
+        )
+    try:
+        timezone = UTC if value == "UTC" else ZoneInfo(value)
+    except (ValueError, OSError, ZoneInfoNotFoundError):
+        raise SettingError(
+            _source(owner, "cron_timezone", value),
+            'give the name of a time zone that this machine knows, such as "Europe/Berlin"',
+            given=value,
+        ) from None
+    owner, value = find(server, "crons")
+    source = _source(owner, "crons", value)
+    if not isinstance(value, Mapping) or not all(
+        isinstance(name, str) and name and isinstance(text, str) for name, text in value.items()
+    ):
+        raise SettingError(source, 'give names and expressions, such as {"tidy": "*/5 * * * *"}', given=value)
+    schedules = {}
+    for name, text in value.items():
+        try:
+            schedules[name] = Schedule.parse(text, timezone)
+        except CronError as error:
+            raise SettingError(f"{source}: {name!r}", str(error)) from None
+    return schedules
 
 
 def _overrides(server: type[Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ room read them, and not the older ones that an event may still carry.
 """
 
 import builtins
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -23,8 +23,11 @@ from cbor2 import loads
 
 from hibernation import wire
 from hibernation.auto_responses import AutoResponse
+from hibernation.done import Done as _Done
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
+from hibernation.room_alarms import AlarmMethods, AlarmSource
 from hibernation.settings import Settings
+from storage.alarms import AlarmRow
 from storage.shards import key_bytes
 from storage.sql_guard import bind
 from storage.values import decode, encode
@@ -57,6 +60,8 @@ class Turn:
     """What one turn has staged. Made for every message."""
 
     __slots__ = (
+        "alarm",
+        "alarms",
         "bytes",
         "cleared",
         "edits",
@@ -82,6 +87,10 @@ class Turn:
         self.cleared = False
         #: What few turns have: inner transactions, and the room's own database.
         self.inner: Inner | None = None
+        #: Alarms, by name: None means deleted.
+        self.alarms: dict[str, AlarmRow | None] | None = None
+        #: The name of the alarm that it runs.
+        self.alarm: str | None = None
         #: What is to become of connections.
         self.edits: dict[Connection, Edit] | None = None
         #: The room is to be evicted.
@@ -101,6 +110,11 @@ class Turn:
             mine = getattr(self, name)
             setattr(self, name, getattr(part, name))
             setattr(part, name, mine)
+        running = self.alarm = part.alarm
+        if running is not None and part.alarms is not None and part.alarms.get(running, self) is None:
+            # The alarm that runs goes with the end of its turn, and not before.
+            del part.alarms[running]
+            self.set_alarm(running, None)
         return part
 
     def check(self) -> None:
@@ -108,6 +122,14 @@ class Turn:
         inner = self.inner
         if inner is not None and inner.lost is not None:
             raise inner.lost
+
+    def set_alarm(self, name: str, row: "AlarmRow | None") -> None:
+        """Stage one alarm; None deletes."""
+        alarms = self.alarms
+        if alarms is None:
+            alarms = self.alarms = {}
+            self.stored = True
+        alarms[name] = row
 
     def write(self, key: str, blob: "Blob") -> None:
         """Stage one write; None deletes."""
@@ -173,7 +195,7 @@ def leave_turn() -> None:
     _turn.set(Turn(None))
 
 
-class Backstage(Protocol):
+class Backstage(AlarmSource, Protocol):
     """What a room needs of its host."""
 
     #: Rooms whose storage is in a database of their own.
@@ -215,19 +237,6 @@ class Backstage(Protocol):
     @property
     def switchboard(self) -> "Switchboard":
         """What carries to other rooms."""
-
-
-class _Done:
-    """Already done: awaiting it gives the value at once. What storage writes return."""
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: Any = None) -> None:
-        self._value = value
-
-    def __await__(self) -> Generator[None, None, Any]:
-        yield from ()
-        return self._value
 
 
 _DONE: Final = _Done()
@@ -538,8 +547,8 @@ def check_close(code: int, reason: str) -> tuple[int, str]:
     return int(code), reason
 
 
-class Storage:
-    """The room's own keys and values, kept on disk.
+class Storage(AlarmMethods):
+    """The room's own keys and values, and its alarms, kept on disk.
 
     Writes take effect at the call, for this turn's and later turns' reads, and are durable when the turn's
     effects leave; a turn that fails leaves nothing of them. What they return may be awaited, and need not be.
@@ -624,7 +633,7 @@ class Storage:
         return _Done(sum([blob is not None for blob in found.values()]))
 
     def delete_all(self) -> _Done:
-        """Remove everything that the room has stored, tables included, in one step."""
+        """Remove everything that the room has stored, tables and alarms included, in one step."""
         turn = self._room._staging()
         inner = turn.inner
         if inner is not None:
@@ -632,14 +641,14 @@ class Storage:
             if inner.database is not None:
                 inner.database.drop_tables(inner.depth)
                 inner.dropped = True
-        turn.writes = None
+        turn.writes = turn.alarms = None
         turn.cleared = turn.stored = True
         return _DONE
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[None]:
         """Make what is stored in the block one thing: an exception that leaves it undoes what was stored in
-        it, by puts, deletes and statements alike, and goes on to the caller.
+        it, by puts, deletes, alarms and statements, and goes on to the caller.
 
             async with room.storage.transaction():
                 ...
@@ -666,6 +675,7 @@ class Storage:
             )
         before = (
             None if turn.writes is None else dict(turn.writes),
+            None if turn.alarms is None else dict(turn.alarms),
             turn.cleared,
             turn.stored,
             inner.dropped,
@@ -688,7 +698,7 @@ class Storage:
                 if inner.database is not None:
                     inner.database.leave(depth, keep=keep)
                 if not keep:
-                    turn.writes, turn.cleared, turn.stored, inner.dropped = before
+                    turn.writes, turn.alarms, turn.cleared, turn.stored, inner.dropped = before
                     turn.stored = turn.stored or inner.database is not None
                 self._let_go(turn, inner)
 
@@ -943,7 +953,7 @@ class Room:
 
     @property
     def storage(self) -> Storage:
-        """The room's keys and values."""
+        """The room's keys and values, and its alarms."""
         storage = self._storage
         if storage is None:
             storage = self._storage = Storage(self)
@@ -1184,6 +1194,11 @@ class Room:
         turn = self._staging()
         self._count(turn, size)
         turn.effects.append(effect)
+
+    def _own_turn(self) -> Turn | None:
+        """The running turn, if it is one of this room, and nothing that an earlier one has left."""
+        turn = _turn.get()
+        return turn if turn.room is self else None
 
     def _count(self, turn: Turn, size: int) -> None:
         """Add to what the turn stages; LimitExceeded beyond turn_bytes_max."""

@@ -7,8 +7,10 @@ however the host ends. Decides nothing: what follows from a note is `hibernation
 
 The file is a header of eight 64-bit words and then slots of four. A slot belongs to one task:
 
-    who      number of the connection; or STARTING, ASKING, REPLAYING, OTHER; 0: nothing runs in this slot
-    what     end of the message, CONNECTING, CLOSING; the room's fingerprint; the question's number
+    who      number of the connection; or STARTING, ASKING, REPLAYING, ALARMING, OTHER; 0: nothing runs in
+             this slot
+    what     end of the message, CONNECTING, CLOSING; the room's fingerprint; the number of the question or
+             of the alarm
     waiting  1 while the turn waits for something, 0 while its code is on the processor
     -
 
@@ -27,6 +29,8 @@ from hibernation import wire
 from storage.errors import DataDirectoryError
 
 __all__ = [
+    "ALARM",
+    "ALARMING",
     "ASKING",
     "FAILED",
     "OTHER",
@@ -45,17 +49,21 @@ __all__ = [
 #: Names an event, or the start of a room, in two words: who and what.
 Mark = tuple[int, int]
 
-#: Who, where it is no connection: a room that is being started, a before-hook of an upgrade, anything else.
+#: Who, where it is no connection: a room that is being started, a before-hook of an upgrade, an
+#: alarm, anything else.
 STARTING: Final = -1
 ASKING: Final = -2
 OTHER: Final = -3
 REPLAYING: Final = -4
+ALARMING: Final = -5
 #: What, for the events of a connection that have no end in its stream.
 CONNECTING: Final = -1
 CLOSING: Final = -2
 
-#: An event of the host's own, behind those of the link: key, dead letter, who is told of its end.
+#: Events of the host's own, behind those of the link. REPLAY: key, dead letter, who is told of its end.
+#: ALARM: key, name, number of an alarm that is due; in a dead letter also scheduled_ms, attempt and payload.
 REPLAY: Final = 100
+ALARM: Final = 101
 #: Another: key, what background work of the room has raised.
 FAILED: Final = 110
 
@@ -102,7 +110,7 @@ def running_path(data: Path, index: int) -> Path:
 
 
 def mark_of(event: list[object]) -> Mark | None:
-    """The mark of an event of the link, if a host that comes next is given it again; else None."""
+    """The mark of an event, if a host that comes next is given it again; else None."""
     kind = event[0]
     if kind == wire.MESSAGE:
         return event[3], event[6]  # type: ignore[return-value]
@@ -114,6 +122,8 @@ def mark_of(event: list[object]) -> Mark | None:
         return ASKING, event[2]  # type: ignore[return-value]
     if kind == REPLAY:
         return REPLAYING, event[2].id  # type: ignore[attr-defined]
+    if kind == ALARM:
+        return ALARMING, event[3]  # type: ignore[return-value]
     return None
 
 

@@ -421,6 +421,44 @@ class Settings:
     turns_per_room_burst: int = _count(
         64, 1, 100_000, "Turns that a room gets in a row before the next room's.", rules=("S24",)
     )
+    # Alarms and crons
+
+    alarms_max: int = _count(
+        1_000,
+        1,
+        1_000_000,
+        "Alarms that one room may have, those that have failed included.",
+        scope="room",
+        rules=("S29",),
+    )
+    alarm_payload_bytes_max: int = _bytes(
+        64 * KIB, 16, 2 * MIB, "Bytes of one alarm's payload, as CBOR.", scope="room", rules=("S29",)
+    )
+    alarm_tries: int = _count(
+        6,
+        1,
+        1000,
+        "Runs of an alarm, all failed, after which it is not run any more.",
+        scope="room",
+        rules=("S29",),
+    )
+    alarms_in_flight_max: int = _count(
+        256,
+        1,
+        100_000,
+        "Alarms of one host that are run at once when very many are due.",
+        rules=("S29",),
+    )
+    cron_late_seconds: float = _seconds(
+        3600.0,
+        0.0,
+        604_800.0,
+        "How late the last tick of a cron that nobody was there for is still run.",
+        rules=("S31",),
+    )
+
+    # Storage
+
     durability: Literal["full", "os"] = _choice(
         "full",
         ("full", "os"),

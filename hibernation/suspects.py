@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final, Self
 
-from hibernation.running import ASKING, STARTING, Left, Mark
+from hibernation.running import ALARMING, ASKING, STARTING, Left, Mark
 
 __all__ = ["REMEMBER_SECONDS", "Suspect", "Suspects", "Verdict"]
 
@@ -112,7 +112,7 @@ class Suspects:
         reason = "it blocked its host, which was killed" if left.blocked else "its host died while it ran"
         active = [mark for mark, waited in left.marks if not waited]
         for mark, waited in left.marks:
-            if mark[0] <= 0 and mark[0] not in (STARTING, ASKING):
+            if mark[0] <= 0 and mark[0] not in (STARTING, ASKING, ALARMING):
                 continue
             suspect = self.by_mark.get(mark)
             if suspect is None:

@@ -18,9 +18,21 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import DeadLetter, TurnTimeout
 from hibernation.logs import get_logger
 from hibernation.room import Connection, ConnectionContext, Room, Turn, check_tags
-from hibernation.running import CLOSING, CONNECTING, FAILED, OTHER, REPLAY, REPLAYING, mark_of
+from hibernation.room_alarms import Alarm
+from hibernation.running import (
+    ALARM,
+    ALARMING,
+    CLOSING,
+    CONNECTING,
+    FAILED,
+    OTHER,
+    REPLAY,
+    REPLAYING,
+    mark_of,
+)
 from hibernation.suspects import Suspect
 from hibernation.suspension import carry_on, watched
+from storage.alarms import AlarmRow
 from storage.blame import Letter
 
 log = get_logger("host")
@@ -30,6 +42,7 @@ _NAMES: Final = {
     wire.CONNECT: ("connect", "on_connect"),
     wire.MESSAGE: ("message", "on_message"),
     wire.CLOSE: ("close", "on_close"),
+    ALARM: ("alarm", "on_alarm"),
 }
 
 
@@ -49,6 +62,25 @@ class Exchanges(Protocol):
         """Add the answer to a request whose turn has failed."""
 
 
+class Alarms(Protocol):
+    """What turns need of alarms; see `hibernation.alarms`."""
+
+    def begin(self, turn: Turn, event: Event) -> Alarm | None:
+        """Stage the end of an alarm; None if there is nothing to run."""
+
+    def fail(self, room: Room, turn: Turn, event: Event, error: BaseException) -> None:
+        """Stage another attempt."""
+
+    def letter(self, event: Event) -> Event | None:
+        """The event as a dead letter keeps it; None if there is nothing to give up."""
+
+    def drop(self, turn: Turn, event: Event) -> None:
+        """Stage the end of an alarm that is given up."""
+
+    def ended(self, cell: Cell, event: Event, *, again: bool = False) -> None:
+        """Its turn is over; `again`: it was not run."""
+
+
 class Turns:
     """See the module.
 
@@ -65,6 +97,7 @@ class Turns:
         self._suspended = suspended
         self.dev = dev
         self.exchanges: Exchanges
+        self.alarms: Alarms
         self.failed = 0
         #: Told of what room code has raised, in the place of the log.
         self.on_failure: Callable[[str, Cell | None, BaseException, dict[str, Any]], None] | None = None
@@ -117,6 +150,8 @@ class Turns:
             await self._close(cell, room, worker, event, turn)
         elif kind == REPLAY:
             await self._replay(cell, room, worker, event, turn)
+        elif kind == ALARM:
+            await self._alarm(cell, room, worker, event, turn)
         elif kind == FAILED:
             await self._failed(cell, room, worker, event, turn)
         else:
@@ -183,6 +218,33 @@ class Turns:
         if not connection._edits:
             cell.connections.pop(number, None)
 
+    async def _alarm(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
+        alarm = self.alarms.begin(turn, event)
+        if alarm is None:
+            room._discard()
+            self.alarms.ended(cell, event, again=True)
+            return
+        worker.note[1] = event[3]
+        worker.note[0] = ALARMING
+        worker.hook = "on_alarm"
+        try:
+            await self.call(cell.kind, worker, cell.server, alarm)
+        except trio.Cancelled:
+            raise
+        except BaseException as error:  # noqa: BLE001 - room code may raise anything
+            await self._end_failed_alarm(cell, room, worker, event, error)
+            return
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+        self.alarms.ended(cell, event)
+
+    async def _end_failed_alarm(
+        self, cell: Cell, room: Room, worker: Worker, event: Event, error: BaseException
+    ) -> None:
+        turn = await self.fail(cell, room, worker, None, error)
+        self.alarms.fail(room, turn, event, error)  # behind `on_error`: what that makes of the alarm counts
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+        self.alarms.ended(cell, event)
+
     async def give_up(
         self, cell: Cell, worker: Worker, event: Event, suspect: Suspect, *, silent: bool
     ) -> None:
@@ -191,6 +253,9 @@ class Turns:
         """
         room = cell.room
         assert room is not None
+        if event[0] == ALARM:
+            await self._give_up_alarm(cell, room, worker, event, suspect, silent=silent)
+            return
         self.bury(cell, event, suspect)
         turn = room._begin()
         kind, _, slot, number, card, state = event[:6]
@@ -210,6 +275,27 @@ class Turns:
             turn = await self.fail(cell, room, worker, connection, error)
         self._end_failed(cell, turn, event)
 
+    async def _give_up_alarm(
+        self, cell: Cell, room: Room, worker: Worker, event: Event, suspect: Suspect, *, silent: bool
+    ) -> None:
+        letter = self.alarms.letter(event)
+        if letter is None:
+            self.alarms.ended(cell, event, again=True)
+            return
+        self.bury(cell, letter, suspect)
+        turn = room._begin()
+        worker.note[1], worker.note[0] = suspect.mark[1], ALARMING
+        worker.hook = "on_alarm"
+        error = DeadLetter("alarm", suspect.deaths, suspect.reason)
+        if silent:
+            self.failed += 1
+            self.log_failure("an alarm is given up", cell, error)
+        else:
+            turn = await self.fail(cell, room, worker, None, error)
+        self.alarms.drop(turn, event)
+        self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+        self.alarms.ended(cell, event)
+
     def _end_failed(self, cell: Cell, turn: Turn, event: Event) -> None:
         """The result of a connection's turn that did not go through."""
         kind, slot, number = event[0], event[2], event[3]
@@ -227,19 +313,9 @@ class Turns:
         letter: Letter = event[2]
         worker.note[1] = mark_of(event)[1]  # type: ignore[index]
         worker.note[0] = REPLAYING
-        kind, _, slot, number, card, state, *rest = loads(letter.event)
-        connection = cell.connections.get(number)
-        if connection is None:
-            connection = Connection(room, slot, number, card, state)
+        kind, *fields = loads(letter.event)
         _, worker.hook = _NAMES[kind]
-        arguments: tuple[Any, ...]
-        if kind == wire.MESSAGE:
-            arguments = (rest[1], connection)
-        elif kind == wire.CONNECT:
-            arguments = (connection, ConnectionContext(rest[0]))
-        else:
-            connection.close_cause, connection._closed = rest[3], True
-            arguments = (connection, *rest[:3])
+        connection, arguments = self._as_it_was(cell, room, kind, fields)
         failure: BaseException | None = None
         try:
             if worker.hook in cell.kind.hooks:
@@ -264,6 +340,24 @@ class Turns:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             turn = await self.fail(cell, room, worker, None, error)
         self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+
+    def _as_it_was(
+        self, cell: Cell, room: Room, kind: int, fields: list[Any]
+    ) -> tuple[Connection | None, tuple[Any, ...]]:
+        """The connection of a dead letter's event, if it has one, and what its hook is given."""
+        if kind == ALARM:
+            _, name, number, scheduled_ms, attempt, payload = fields
+            return None, (Alarm(AlarmRow(name, number, scheduled_ms, scheduled_ms, payload, attempt)),)
+        _, slot, number, card, state, *rest = fields
+        connection = cell.connections.get(number)
+        if connection is None:
+            connection = Connection(room, slot, number, card, state)
+        if kind == wire.MESSAGE:
+            return connection, (rest[1], connection)
+        if kind == wire.CONNECT:
+            return connection, (connection, ConnectionContext(rest[0]))
+        connection.close_cause, connection._closed = rest[3], True
+        return connection, (connection, *rest[:3])
 
     async def cancelled(self, cell: Cell, worker: Worker, event: Event) -> None:
         """End a turn that was cancelled from inside: it took too long, or the client of its request has
@@ -290,6 +384,9 @@ class Turns:
         if kind == FAILED:
             turn = await self.fail(cell, room, worker, None, error)
             self._finish(cell, turn, [wire.EFFECTS, turn.effects])
+            return
+        if kind == ALARM:
+            await self._end_failed_alarm(cell, room, worker, event, error)
             return
         slot, number, card, state = event[2:6]
         connection = cell.connections.get(number)

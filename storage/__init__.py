@@ -7,10 +7,23 @@
     directory   the data directory: lock, token, number of shards
     registry    connections, their tags and state (the gateway's)
     shards      what rooms put, get and list (the hosts')
+    alarms      when rooms are to be woken
+    crons       which ticks have been run
     writer      the long-lived thread that commits
 
 Knows nothing of sockets, rooms' code or trio: bytes and rows in, bytes and rows out. `hibernation` and
 `broker` import its modules by name; it imports neither.
 """
 
-__all__ = ["database", "directory", "errors", "migrations", "registry", "shards", "values", "writer"]
+__all__ = [
+    "alarms",
+    "crons",
+    "database",
+    "directory",
+    "errors",
+    "migrations",
+    "registry",
+    "shards",
+    "values",
+    "writer",
+]

@@ -435,17 +435,21 @@ class DatabaseFile:
         """Size of the write-ahead log. It stays near 4 MiB; more means that something holds a read open."""
         return _size(f"{self.path}-wal")
 
-    def close(self) -> None:
+    def close(self, *, keep_log: bool = False) -> None:
         """Close both connections, which checkpoints, and release the file. Idempotent.
+
+        Args:
+            keep_log: leave the log as it is, as if this process had been killed.
 
         After a failed write (D5) nothing more is written: file and lock stay with this process until it ends.
         """
         if self._failure is not None:
             _abandoned.append(self)
             return
-        # The reader goes first: the last connection to close carries the log over and deletes it.
-        self._reader.close()
-        self._writer.close()
+        # The last connection to close carries the log over and deletes it, unless it only reads.
+        connections = [self._writer, self._reader] if keep_log else [self._reader, self._writer]
+        for connection in connections:
+            connection.close()
         self._lock.release()
 
     def _require_space(self, needed_bytes: int) -> None:

@@ -178,6 +178,42 @@ def shard_3_dead_letters(database: "Database") -> None:
     )
 
 
+def shard_4_alarms(database: "Database") -> None:
+    """Alarms of rooms, clustered by room and name; and the last tick of each cron.
+
+    Times are milliseconds since 1970. Only what is to be run is in the indexes by due time, which hold all
+    that is asked of them: rooms are woken from these alone.
+    """
+    database.execute(
+        """
+        CREATE TABLE alarms (
+            room TEXT NOT NULL,
+            name TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            due_ms INTEGER NOT NULL,
+            scheduled_ms INTEGER NOT NULL,
+            payload BLOB,
+            attempt INTEGER NOT NULL,
+            failed INTEGER NOT NULL,
+            reason TEXT NOT NULL,
+            PRIMARY KEY (room, name)
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute("CREATE INDEX alarms_by_due ON alarms (due_ms, number, failed) WHERE failed = 0")
+    database.execute("CREATE INDEX alarms_of_room ON alarms (room, due_ms, number, failed) WHERE failed = 0")
+    database.execute("CREATE INDEX alarms_failed ON alarms (failed, room) WHERE failed = 1")
+    database.execute(
+        """
+        CREATE TABLE crons (
+            name TEXT PRIMARY KEY,
+            schedule TEXT NOT NULL,
+            last_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+
+
 def shard_5_own_databases(database: "Database") -> None:
     """Rooms whose storage lies in a database of their own, and no longer in `entries`."""
     database.execute("CREATE TABLE own_databases (room TEXT PRIMARY KEY) STRICT, WITHOUT ROWID")
@@ -186,8 +222,8 @@ def shard_5_own_databases(database: "Database") -> None:
 def room_1_entries_and_outbox(database: "Database") -> None:
     """What the shard keeps of other rooms, under names that leave all others to the room's code.
 
-    `_broker_facts` has one row: whose database this is ("" until something was committed), and the newest
-    generation of the shard that has written.
+    `_broker_facts` has one row: whose database this is ("" until something was committed), the newest
+    generation of the shard that has written, and the last changes of alarms, of which the shard is told next.
     """
     database.execute(
         """
@@ -198,12 +234,22 @@ def room_1_entries_and_outbox(database: "Database") -> None:
         """
     )
     database.execute("CREATE TABLE _broker_outbox (seq INTEGER PRIMARY KEY, items BLOB NOT NULL) STRICT")
-    database.execute("CREATE TABLE _broker_facts (room TEXT NOT NULL, generation INTEGER NOT NULL) STRICT")
+    database.execute(
+        """
+        CREATE TABLE _broker_facts (
+            room TEXT NOT NULL,
+            generation INTEGER NOT NULL,
+            alarms BLOB
+        ) STRICT
+        """
+    )
     database.execute("INSERT INTO _broker_facts (room, generation) VALUES ('', 0)")
 
 
 REGISTRY = Schema(
     "registry", (registry_1_connections_and_tags, registry_2_addresses, registry_3_auto_responses)
 )
-SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_5_own_databases))
+SHARD = Schema(
+    "shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_4_alarms, shard_5_own_databases)
+)
 ROOM = Schema("room", (room_1_entries_and_outbox,))

@@ -20,6 +20,8 @@ Invariants:
         `own_databases`; and its outbox is empty
     Q3  `commit` and a turn never use the writing connection at once
     Q4  the open transaction holds what `_noted` lists, and nothing else
+    Q5  what `_broker_facts` notes of alarms, the shard has been told before the next commit here, and before
+        the file is closed
 """
 
 import os
@@ -32,6 +34,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, Final
 
+from cbor2 import dumps, loads
+
+from storage.alarms import AlarmRow
 from storage.database import (
     CHECKPOINT_PAGES,
     RESERVE_BYTES,
@@ -81,6 +86,8 @@ _STEPS: Final = 10_000
 _KNOWN_MAX: Final = 512
 
 _FACTS = "SELECT room, generation FROM _broker_facts"
+_ALARMS = "SELECT alarms FROM _broker_facts"
+_NOTE_ALARMS = "UPDATE _broker_facts SET alarms = ?"
 _OWN = "UPDATE _broker_facts SET room = ?, generation = ?"
 _ROWS = "SELECT seq, items FROM _broker_outbox ORDER BY seq"
 _GET = "SELECT value FROM _broker_entries WHERE key = ?"
@@ -209,6 +216,19 @@ class RoomDatabase:
         """Give the outbox as it is on disk, in the order of the commits."""
         return self._file.read(_ROWS)
 
+    def tell_alarms(self, batch: ShardBatch) -> None:
+        """Add the last changes of the room's alarms to what its shard is told: whoever committed them may not
+        have come to that. What the shard knows already, it may be told again.
+        """
+        [(noted,)] = self._file.read(_ALARMS)
+        if noted is not None:
+            cleared, changes = loads(noted)
+            if cleared:
+                batch.clear(self.key)
+            rows = {name: None if row is None else AlarmRow(*row) for name, row in changes}
+            if rows:
+                batch.alarming.stage(self.key, rows)
+
     def get(self, _room_key: str, key: str) -> bytes | None:
         """Give the committed value of one key, or None."""
         row = self._file.read(_GET, (key,))
@@ -226,6 +246,8 @@ class RoomDatabase:
         """
         writer = self._file.writer
         size = batch.bytes + sum([len(items) for _, items in rows])
+        if batch.alarms:
+            size += batch.alarms.bytes
         moves = not self.complete
         if moves:
             size += self.shard.bytes_of(self.key)
@@ -265,6 +287,9 @@ class RoomDatabase:
         if moves or generation < self.shard.generation:
             writer.execute(_OWN, (self.key, self.shard.generation))
         cleared = self.key in batch.cleared
+        if cleared or batch.alarms:
+            changes = batch.alarms.rooms.get(self.key, {}) if batch.alarms else {}
+            writer.execute(_NOTE_ALARMS, (dumps([cleared, list(changes.items())]),))
         if moves and not cleared:
             for entries in self.shard.all_of(self.key):
                 _PUT.run(writer, entries)
@@ -300,10 +325,12 @@ class RoomDatabase:
         """Read the whole file; raises DatabaseDamaged if it is inconsistent. Not on a loop thread."""
         self._file.check()
 
-    def close(self) -> None:
-        """Close and release the file, and with it its log (Q2). What is not committed is lost. Idempotent."""
+    def close(self, *, keep_log: bool = False) -> None:
+        """Close and release the file, and with it its log (Q2), unless that is to be kept. What is not
+        committed is lost. Idempotent.
+        """
         self.is_closed = True
-        self._file.close()
+        self._file.close(keep_log=keep_log)
 
     def close_unless_wanted(self) -> None:
         """Close it on the thread that commits, unless `reclaim` came before."""
@@ -377,7 +404,7 @@ class RoomDatabase:
         self.staged = False
         writer = self._file.writer
         try:
-            if writer.in_transaction:
+            if not self.is_closed and writer.in_transaction:
                 writer.execute("ROLLBACK")
         except sqlite3.Error as error:
             raise self._file.failed(error) from error

@@ -113,11 +113,12 @@ class RoomDatabases:
         if not key:
             return []  # nothing was ever committed to it
         database = self._add(key)
+        batch = ShardBatch()
         if key not in self.own:
-            batch = ShardBatch()
             batch.adopt(key)
-            shard.commit(batch)
-            self.own.add(key)
+        database.tell_alarms(batch)
+        shard.commit(batch)
+        self.own.add(key)
         rows = database.rows()
         if not rows:
             self._drop(key)
@@ -248,9 +249,10 @@ class RoomDatabases:
                 database.undo()
 
     def close(self) -> None:
-        """Close all. Idempotent."""
+        """Close all. Those of which the next start has to know keep their log (Q2). Idempotent."""
         while self._open:
-            self._drop(next(iter(self._open)))
+            _, database = self._open.popitem()
+            database.close(keep_log=not self._may_close(database))
 
 
 def _descriptors_max() -> int:

@@ -1,4 +1,4 @@
-"""Room storage on disk: what rooms put, get and list.
+"""Room storage on disk: what rooms put, get and list, and their alarms.
 
 Owns one database of room storage per shard. Keys and values are opaque here: a key is text, a value the bytes
 that `storage.values` made. Its peer is a host, which opens each of its shards once, reads on its loop thread,
@@ -22,7 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from storage.alarms import AlarmBatch, clear_alarms
 from storage.blame import BlameBatch
+from storage.crons import CronRow, write_crons
 from storage.database import (
     CHECKPOINT_PAGES,
     RESERVE_BYTES,
@@ -81,15 +83,28 @@ class ShardBatch:
     A batch belongs to the thread that fills it until it is handed to `Shard.commit`, and is not filled after.
     """
 
-    __slots__ = ("adopted", "blame", "bytes", "cleared", "drops_tables", "rooms")
+    __slots__ = (
+        "adopted",
+        "alarms",
+        "blame",
+        "bytes",
+        "cleared",
+        "crons",
+        "drops_tables",
+        "rooms",
+    )
 
     def __init__(self) -> None:
+        self.alarms: AlarmBatch | None = None
+        """Alarms; see `alarming`."""
+        self.crons: dict[str, CronRow] = {}
+        """Ticks that are about to be run."""
         self.blame: BlameBatch | None = None
         """Suspects, dead letters, quarantine; see `blaming`."""
         self.rooms: dict[str, dict[str, bytes | None]] = {}
         """Per room: key to value, None for a deleted one."""
         self.cleared: set[str] = set()
-        """Rooms whose stored entries all go, before what is in `rooms` is written."""
+        """Rooms whose stored entries and alarms all go, before what is in `rooms` and `alarms` is written."""
         self.bytes = 0
         """Bytes of keys and values taken by `put` and `delete`, also of what was replaced since."""
         self.adopted: set[str] | None = None
@@ -122,8 +137,10 @@ class ShardBatch:
         self.bytes += size
 
     def clear(self, room_key: str) -> None:
-        """Remove every entry of a room, also those staged before in this batch."""
+        """Remove every entry and alarm of a room, also those staged before in this batch."""
         self.rooms.pop(room_key, None)
+        if self.alarms is not None:
+            self.alarms.clear(room_key)
         self.cleared.add(room_key)
 
     def adopt(self, room_key: str) -> None:
@@ -133,6 +150,13 @@ class ShardBatch:
         self.adopted.add(room_key)
 
     @property
+    def alarming(self) -> AlarmBatch:
+        """The changes of alarms, to be added to."""
+        if self.alarms is None:
+            self.alarms = AlarmBatch()
+        return self.alarms
+
+    @property
     def blaming(self) -> BlameBatch:
         """The changes of suspects, dead letters and quarantine, to be added to."""
         if self.blame is None:
@@ -140,7 +164,7 @@ class ShardBatch:
         return self.blame
 
     def __bool__(self) -> bool:
-        return bool(self.rooms or self.cleared or self.blame or self.adopted)
+        return bool(self.rooms or self.cleared or self.alarms or self.blame or self.crons or self.adopted)
 
 
 def key_bytes(key: str) -> int:
@@ -241,7 +265,10 @@ class Shard:
         """
         if not batch and not rows and not executed:
             return
-        with self._file.transaction(batch.bytes + sum([len(items) for _, items in rows])) as writer:
+        alarm_bytes = batch.alarms.bytes if batch.alarms else 0
+        with self._file.transaction(
+            batch.bytes + alarm_bytes + sum([len(items) for _, items in rows])
+        ) as writer:
             current = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
             if current != self.generation:
                 raise GenerationPassed(self.path, self.generation, current)
@@ -251,6 +278,7 @@ class Shard:
                 writer.execute(_ADD_ROW, row)
             if batch.cleared:
                 _CLEAR.run(writer, [(room,) for room in batch.cleared])
+                clear_alarms(writer, batch.cleared)
             if batch.adopted:
                 adopted = [(room,) for room in batch.adopted]
                 _ADOPT.run(writer, adopted)
@@ -271,8 +299,12 @@ class Shard:
                 if deleted:
                     _DELETE.run(writer, deleted, (room,))
             _PUT.run(writer, puts)
+            if batch.alarms:
+                batch.alarms.write(writer)
             if batch.blame:
                 batch.blame.write(writer)
+            if batch.crons:
+                write_crons(writer, batch.crons.values())
         if self.durability == "os" and (batch.adopted or self._file.wal_bytes >= INLINE_WAL_BYTES_MAX):
             # Where the storage of a room lies must survive the loss of power: older storage would come back.
             self._file.checkpoint()

@@ -3,6 +3,7 @@
 Beside it stand:
 
     e2e         the real command with real clients: browser, Node, Python, nginx
+    examples    the examples of docs/examples, by the real command
     benchmarks  `make bench`: costs as ratios against a floor measured in the same run
     chaos       `python -m tests.chaos`: kills, power cuts, and a checker of what became of it
     tracing     strace at a running process

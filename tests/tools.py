@@ -42,9 +42,10 @@ def nginx() -> str:
     return program("nginx")
 
 
-def node() -> str:
-    """The path of Node; the packages of tests/e2e/node are there too."""
+def node(*packages: str) -> str:
+    """The path of Node; these packages of tests/e2e/node (by default partysocket) are there too."""
     path = program("node")
-    if not (NODE_FOLDER / "node_modules" / "partysocket").is_dir():
-        missing("a Node package of tests/e2e/node")
+    for package in packages or ("partysocket",):
+        if not (NODE_FOLDER / "node_modules" / package).is_dir():
+            missing(f"the Node package {package} of tests/e2e/node")
     return path

@@ -106,10 +106,32 @@ def _explained(facts: Mapping[str, Any]) -> list[str]:
     else:
         lines = ["awake" if facts["awake"] else "hibernating"]
     lines += [f"  {plain(reason)}" for reason in facts["reasons"]]
+    lines += _alarm_lines(facts)
     lines.append(
         f"{facts['connections']} connections, {facts['in_flight']} events with its host, "
         f"{facts['waiting']} of them waiting"
     )
+    return lines
+
+
+def _alarm_lines(facts: Mapping[str, Any]) -> list[str]:
+    """The room's alarms, those that are due first, and those that have failed."""
+    count, shown = facts["alarm_count"], facts["alarms"]
+    if not count:
+        return []
+    lines = [f"{count} alarm{'' if count == 1 else 's'}, none of which keeps it awake"]
+    for alarm in shown:
+        text = f"  {plain(alarm['name'])}: "
+        tries = f"{alarm['failures']} run{'' if alarm['failures'] == 1 else 's'}"
+        if alarm["failed"]:
+            text += f"failed after {tries}: {plain(alarm['reason'])}"
+        else:
+            text += f"due {_time(alarm['due_at'])}"
+            if alarm["failures"]:
+                text += f", again after {tries} that failed: {plain(alarm['reason'])}"
+        lines.append(text)
+    if count > len(shown):
+        lines.append(f"  … and {count - len(shown)} more")
     return lines
 
 

@@ -32,6 +32,8 @@ HOST_SECONDS: Final = 2.0
 REPLAY_SECONDS: Final = 60.0
 #: The shard and the number of a dead letter.
 _LETTER_ID: Final = re.compile(r"(\d{1,4})\.(\d{1,18})")
+#: Statistics of hosts about alarms and crons.
+_OF_ALARMS: Final = ("alarms", "failed_alarms", "alarm_runs", "alarm_failures", "cron_runs", "cron_failures")
 #: What a host says that does not answer in time.
 _SILENCE: Final = object()
 #: What one says that dies before.
@@ -193,6 +195,7 @@ class Admin:
             "quarantined": len(gateway.quarantine),
             "suspects": sum(host["suspects"] for host in hosts),
             "dead_letters": sum(host["dead_letters"] for host in hosts),
+            **{name: sum(host[name] for host in hosts) for name in _OF_ALARMS},
             "parties": sorted({party.name for party in gateway.parties.values()}),
         }
 

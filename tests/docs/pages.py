@@ -113,10 +113,13 @@ def _run(command: list[str], folder: Path) -> str:
 
 
 def _curl(words: list[str]) -> str:
-    """`curl [-d DATA] URL`, which not every machine has."""
-    data = words[1].encode() if words[0] == "-d" else None
+    """`curl [-X METHOD] [-d DATA] URL`, which not every machine has."""
+    *pairs, url = words
+    options = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    data = options["-d"].encode() if "-d" in options else None
+    request = urllib.request.Request(url, data, method=options.get("-X"))
     try:
-        with urllib.request.urlopen(words[-1], data, timeout=DEADLINE_SECONDS) as response:
+        with urllib.request.urlopen(request, timeout=DEADLINE_SECONDS) as response:
             body: bytes = response.read()
     except urllib.error.HTTPError as refused:
         with refused:

@@ -24,8 +24,10 @@ from hibernation.errors import LimitExceeded, RoomGone
 from hibernation.party import make_parties
 from hibernation.room import TRANSACTIONS_MAX, Beside, Room, Storage, Turn
 from hibernation.settings import Settings
+from storage.alarms import BEFORE_ALL, AlarmRow, AlarmTable
 from storage.errors import (
     BrokerError,
+    CommitRefused,
     CommitUnknown,
     DatabaseDamaged,
     DataDirectoryError,
@@ -461,6 +463,100 @@ def test_a_clean_end_takes_executed_rows_and_nothing_of_a_turn_that_was_cancelle
     database = world.databases.get("main/r")
     assert database.rows() == []
     assert database._file.read("SELECT name FROM t") == [("a",)]
+
+
+def test_a_clean_end_leaves_what_nobody_has_executed_to_the_next_start(tmp_path: Path) -> None:
+    """S22, Q2: the next host finds the row, and that the shard is to be told of the room."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a", key=1))
+    world.close()
+    world = World(tmp_path)
+    assert world.names == ["moves"]
+    world.names.clear()
+    assert (world.stored("r"), world.shards[world.commits.shard_of("main/r")].get("main/r", "key")) == (
+        ({"key": 1}, ["a"]),
+        None,
+    )
+    world.executed()
+    world.tidy()
+    world.close()
+    assert not list(database_path(tmp_path, 0, "main/r").parent.parent.rglob("*-wal"))
+    world = World(tmp_path)
+    assert world.names == []
+    world.close()
+
+
+def alarm(name: str, due_ms: int | None) -> Steps:
+    """Set an alarm, or delete it, beside a statement."""
+
+    async def steps(storage: Storage) -> None:
+        await storage.sql(CREATE)
+        row = None if due_ms is None else AlarmRow(name, 1, due_ms, due_ms, b"payload")
+        storage._room._staging().set_alarm(name, row)
+
+    return steps
+
+
+def test_alarms_of_a_room_with_its_own_database_are_in_its_shard(world: World) -> None:
+    """S29: with the commit of their turn; and who follows them is told when they are there."""
+    told: list[Any] = []
+    index = world.commits.shard_of("main/r")
+    table = AlarmTable(world.shards[index].read)
+    world.commits.alarms_stored = lambda shard, due_ms: told.append(
+        (shard, due_ms, table.count_of_room("main/r"))
+    )
+    world.do("r", "moves", add("a"))
+    world.do("r", "sets", alarm("first", 5))
+    world.do("r", "sets", alarm("second", 3))
+    assert told == [(index, 5, 1), (index, 3, 2)]
+    world.do("r", "deletes", alarm("first", None))
+    assert [row.name for row in table.due_after(BEFORE_ALL, 9)] == ["second"]
+
+    async def clear(storage: Storage) -> None:
+        storage.delete_all()
+        storage._room._staging().set_alarm("third", AlarmRow("third", 1, 7, 7, None))
+
+    world.do("r", "clears", clear)
+    assert list(table.of_room("main/r")) == ["third"]
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_host_dies_between_a_rooms_commit_and_its_alarms(tmp_path: Path, moves: bool) -> None:
+    """S22, S29, Q5: the next one brings the alarms to the shard, and lets the effects leave."""
+    world = World(tmp_path)
+    if not moves:
+        world.do("r", "moves", alarm("done", 4))
+    index = world.commits.shard_of("main/r")
+    commit = world.shards[index].commit
+
+    def refuse(batch: ShardBatch, *rest: Any) -> None:
+        if batch.alarms:
+            raise CommitRefused(world.shards[index].path, "no", "Wait")
+        commit(batch, *rest)
+
+    world.shards[index].commit = refuse  # type: ignore[method-assign, assignment]
+
+    async def runs(storage: Storage) -> None:
+        await storage.sql(CREATE)
+        await storage.sql(INSERT, "ran")
+        storage._room._staging().set_alarm("done", None)
+        storage._room._staging().set_alarm("next", AlarmRow("next", 2, 9, 9, b"x", 1, 0, "why"))
+
+    world.do("r", "runs", runs)
+    assert "runs" not in world.names
+    assert "next" not in AlarmTable(world.shards[index].read).of_room("main/r")
+    world.close()
+    world = World(tmp_path)
+    assert world.names[-1] == "runs"
+    assert AlarmTable(world.shards[index].read).of_room("main/r") == {
+        "next": AlarmRow("next", 2, 9, 9, b"x", 1, 0, "why")
+    }
+    assert world.stored("r") == ({}, ["ran"])
+    world.do("r", "deletes", alarm("next", None))
+    world.close()
+    world = World(tmp_path)
+    assert not AlarmTable(world.shards[index].read).of_room("main/r")
+    world.close()
 
 
 # Disks

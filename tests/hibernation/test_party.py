@@ -147,7 +147,7 @@ def test_every_setting_of_rooms_is_declared_on_server_and_checked_when_a_class_i
 
 def test_server_declares_no_setting_that_rooms_cannot_have():
     own = {"room", "hibernate", "concurrency", "subprotocols", "auto_responses", "cors"}
-    own |= {"stream_requests", "static"}
+    own |= {"stream_requests", "static", "crons", "cron_timezone"}
     assert set(inspect.get_annotations(Server)) == own | {setting.name for setting in ROOM_SETTINGS}
 
 
@@ -303,7 +303,11 @@ def test_a_gateway_is_told_in_plain_values():
     assert Settings().override(description["settings"]).origins == ("https://a.example",)
 
 
-def test_a_hook_that_nothing_calls_yet_is_said():
-    party = Party.from_class(room(on_alarm=lambda self: None, on_message=lambda self: None))
-    (notice,) = party.notices
-    assert "Chat.on_alarm is never called" in notice
+def test_a_cron_hook_without_crons_is_said_and_crons_without_the_hook():
+    """S31."""
+    hook = staticmethod(lambda: None)
+    (notice,) = Party.from_class(room(on_cron=hook)).notices
+    assert "Chat.on_cron is never called" in notice
+    (notice,) = Party.from_class(room(crons={"a": "* * * * *"})).notices
+    assert "Chat.crons are never run" in notice
+    assert Party.from_class(room(crons={"a": "* * * * *"}, on_cron=hook)).notices == ()

@@ -15,6 +15,7 @@ from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.link import encode as encode_for_link
 from hibernation.room import Connection, Room, Turn
 from hibernation.settings import Settings
+from storage.alarms import AlarmRow
 from storage.errors import StorageLimitError, ValueEncodingError
 from storage.values import decode, encode
 
@@ -28,6 +29,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.disk: dict[str, bytes] = {}
+        self.alarms: dict[str, AlarmRow] = {}
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
         self.answered: dict[tuple[int, int], int] = {}
@@ -40,6 +42,18 @@ class FakeHost:
     def read_range(self, key: str, **bounds: Any) -> list[tuple[str, bytes]]:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
+
+    def check_alarms(self, key: str) -> None:
+        assert key == "chat/lobby"
+
+    def read_alarm(self, key: str, name: str) -> AlarmRow | None:
+        return self.alarms.get(name)
+
+    def read_alarms(self, key: str) -> dict[str, AlarmRow]:
+        return dict(self.alarms)
+
+    def count_alarms(self, key: str) -> int:
+        return len(self.alarms)
 
     async def flush(self, turn: Turn) -> None:
         raise AssertionError

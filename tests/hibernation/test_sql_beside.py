@@ -83,6 +83,25 @@ class Rows(Server):
         self.room.broadcast(f"held, {await self.count()}")
 
 
+class Waking(Server):
+    """Its alarm notes itself in a table, tells everybody, and sets the next one."""
+
+    async def on_message(self, message: str, sender: Any) -> None:
+        await self.room.storage.sql(CREATE)
+        self.room.storage.set_alarm(1)
+
+    async def on_alarm(self, alarm: Any) -> None:
+        await self.room.storage.sql(INSERT, alarm.name)
+        rows: Any = await self.room.storage.sql(COUNT)
+        self.room.broadcast(f"alarm {rows[0]['n']}")
+        try:
+            async with self.room.storage.transaction():
+                self.room.storage.set_alarm(0, "undone")
+                raise KeyError
+        except KeyError:
+            self.room.storage.set_alarm(1)
+
+
 class Overlapping(Rows):
     hibernate = False
     concurrency = "per_connection"
@@ -166,6 +185,24 @@ def test_background_work_that_only_asks_keeps_nobody_from_the_database() -> None
             await bert.expect("noted, 1", "put that")
             anna.send("go")
             await anna.expect("asked, 1")
+
+    main()
+
+
+@pytest.mark.parametrize("at", [None, "before_commit", "after_commit"])
+def test_an_alarm_with_statements_runs_once_whenever_its_host_dies(at: str | None) -> None:
+    """S22, S29: the alarm is in the shard, its statements and effects in the room's own database."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Waking) as kit:
+            anna = await kit.connect("r", id="anna", party="waking")
+            anna.send("begin")
+            await anna.expect("alarm 1")
+            await kit.crash_host(at)
+            for number in range(2, 6):
+                await anna.expect(f"alarm {number}")
+            assert not anna.received
 
     main()
 

