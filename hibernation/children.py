@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 
 import trio
@@ -28,6 +29,10 @@ log = get_logger("supervisor")
 START_TRIES = 5
 """How often a child is started that is killed before it has said anything: by an operator, or for its
 memory."""
+
+
+PATIENCE_SECONDS = 1.0
+"""Between further tries, where clients wait for them."""
 
 
 class Backoff:
@@ -72,6 +77,8 @@ class Children:
 
     def __init__(self, nursery: trio.Nursery, changed: Callable[[list[tuple[str, int]]], None]) -> None:
         """`nursery` must outlive the processes; `changed` gets names and ids on each start and exit."""
+        self.patient = False
+        """Sockets of clients are waiting for what is started: giving up would close them."""
         self._nursery = nursery
         self._changed = changed
         self._running: list[Running] = []
@@ -121,11 +128,11 @@ class Children:
     ) -> Child:
         """Start a child, give it its configuration and wait for its first report, which must be `wanted`.
 
-        One that somebody kills meanwhile is started again, START_TRIES times in all. Raises `LoadError` when
-        the report is another, or does not come in time, or the system refuses a process. Then, and when
-        cancelled, the child has been killed.
+        One that somebody kills meanwhile is started again: START_TRIES times in all, or with `patient` for as
+        long as it takes, later on a second apart. Raises `LoadError` when the report is another, or does not
+        come in time, or the system refuses a process. Then, and when cancelled, the child has been killed.
         """
-        for tries_left in reversed(range(START_TRIES)):
+        for tries in count(1):
             child, line = await self._spawn(name, command, config)
             try:
                 with trio.move_on_after(within_seconds):
@@ -134,10 +141,12 @@ class Children:
                 if child.error is not None:
                     raise LoadError(child.error, by_app=wanted == "loaded")
                 if child.exited.is_set():
-                    if child.was_killed and tries_left:
+                    if child.was_killed and (self.patient or tries < START_TRIES):
                         log.error(
                             "killed while it was starting, starting it again", child=name, pid=child.pid
                         )
+                        if tries >= START_TRIES:
+                            await trio.sleep(PATIENCE_SECONDS)
                         continue
                     text = f"the {name} ended while it was starting: {child.outcome}"
                     raise LoadError(text, by_app=False)

@@ -91,7 +91,7 @@ class Gateways:
 
     async def keep(self) -> str:
         """Have a gateway serve for as long as this runs, whatever dies. Returns only when the first one does
-        not come up: the reason.
+        not come up, and no sockets wait for it: the reason.
         """
         backoff = Backoff(self._timing, urgent=True)
         while True:
@@ -101,7 +101,7 @@ class Gateways:
                 try:
                     gateway = self._gateway = await self._start()
                 except LoadError as failure:
-                    if not self.ready.is_set():
+                    if not (self.ready.is_set() or self._children.patient):
                         return failure.text
                     await self._wait(backoff, began, failure.text, None)
                     continue
@@ -128,7 +128,8 @@ class Gateways:
             await self._loading.wait()
         spare, self._spare = self._spare, None
         if spare is None or spare.exited.is_set():
-            within_seconds = math.inf if self.ready.is_set() else 2 * self._timing.load_seconds
+            waits = self.ready.is_set() or self._children.patient  # sockets do, at the keeper
+            within_seconds = math.inf if waits else 2 * self._timing.load_seconds
             gateway = await self._children.start(
                 "gateway",
                 self._commands.gateway,

@@ -165,7 +165,7 @@ class Supervisor:
     async def _serve(self, outer: trio.Nursery) -> None:
         plan = self._plan
         found = self._find()
-        self._taking_over = bool(found.all)
+        self._taking_over = self._children.patient = bool(found.all)
         try:
             listener = await self._get_listener(found)
         except LoadError as failure:
@@ -199,7 +199,7 @@ class Supervisor:
                     await self._take_over(nursery, found)
                 else:
                     await self._bring_up(nursery)
-                self._taking_over = False
+                self._taking_over = self._children.patient = False
                 self._hosts.settle()
                 self._announce(listener.getsockname()[:2])
             nursery.start_soon(self._gateways.keep_spare)

@@ -468,10 +468,17 @@ class Lifecycle:
 
     def _lost(self, slot: int, cause: str) -> None:
         """From here on nothing is sent to the connection (F4)."""
+        table = self._connections
         ending = Ending(1006, "", False, cause, answered=True)
-        self._ledger.add(ENDING_RECORD, slot, self._connections.number[slot], ENDING, ending.encode())
+        self._ledger.add(ENDING_RECORD, slot, table.number[slot], ENDING, ending.encode())
         self._ledger.commit()
-        self._end(slot, ending)
+        if table.phase[slot] == OPEN and table.flags[slot] & DEFERRED:
+            # What it had sent before, and what waits for its room, is no less a message (S22).
+            self._endings.setdefault(slot, ending)
+            self._rooms.unlink(slot)
+            self.reopened = True
+        else:
+            self._end(slot, ending)
 
     def failed(self, slot: int, cause: str) -> None:
         """Sending does not work: the client has gone, or reads too slowly (S25).
@@ -797,6 +804,9 @@ class Lifecycle:
             age = now - seen[slot]
             if age < silent - (slot * 7 % spread if spread else 0):
                 continue
+            if slot in self._endings:
+                self._end_again(slot)
+                continue
             if not flags[slot] & PINGED:
                 flags[slot] |= PINGED
                 self._sender.say(slot, encode_ping())
@@ -905,7 +915,7 @@ class Lifecycle:
         if found is None:
             table.set_phase(slot, CONNECTING if newcomer is not None else OPEN)
             if number in remains.shut:
-                self.failed(slot, SLOW)
+                self.failed(slot, "client_gone")  # sending had failed; what came before that is a message
             return
         phase, code, reason, clean, cause = found
         self._endings[slot] = Ending(code, reason, clean, cause, answered=True)

@@ -79,6 +79,8 @@ def stop(*_):
 
 signal.signal(signal.SIGTERM, stop)
 note("start")
+if "killed" in behaviour:
+    os.kill(os.getpid(), signal.SIGKILL)
 if "die" in behaviour:
     sys.exit(3)
 if "hang" in behaviour:

@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from hibernation.admin import NoSupervisor, SupervisorClient, stop
+from hibernation.children import START_TRIES
 from hibernation.gateway_line import LineError
 from hibernation.listener import StartError
 from hibernation.processes import ProcessList, started_at_ticks
@@ -69,6 +70,24 @@ def test_stop_without_a_supervisor_ends_gateway_hosts_and_keeper_in_this_order(s
         "host term",
         "keeper term",
     ]
+
+
+@pytest.mark.parametrize("kind", ["gateway", "host"])
+def test_what_is_killed_whenever_it_starts_is_no_reason_to_give_up(stage, program, gateway, kind):
+    """S34: the sockets in the keeper wait; giving up would close them."""
+    left_behind(stage, program)
+    keeper = stage.pids("keeper start")[0]
+    os.kill(stage.pids("gateway start")[0], signal.SIGKILL)
+    stage.does(kind, "killed")
+    before = len(stage.pids(f"{kind} start"))
+
+    async def script():
+        await until(lambda: len(stage.pids(f"{kind} start")) == before + START_TRIES + 2)
+        stage.does(kind)
+        await until(lambda: stage.announced)
+        assert stage.listed("keeper") == [keeper]
+
+    running(stage.supervisor(connect=gateway, listens=False), script)
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3])

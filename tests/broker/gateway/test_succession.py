@@ -28,7 +28,7 @@ from broker.gateway import deflate
 from broker.gateway.answers import RoomRules
 from broker.gateway.connections import CLOSED, CONNECTING, FREE, OPEN, Connections
 from broker.gateway.effects import Effects
-from broker.gateway.frames import encode_message
+from broker.gateway.frames import encode_message, encode_ping
 from broker.gateway.hub import ENDED, EPOLLIN, EPOLLOUT
 from broker.gateway.inbox import Inbox
 from broker.gateway.ledger import HIGH, NAMES, Ledger
@@ -867,6 +867,33 @@ def test_nothing_is_sent_behind_a_gap(tmp_path: Path, dies: str) -> None:
         assert world.gateway.host is not None
         [ended] = world.gateway.host.events
         assert (ended[0], ended[9]) == (wire.CLOSE, "client_gone")
+    finally:
+        world.end()
+
+
+def test_a_message_outlives_its_client_and_the_wait_for_a_host(tmp_path: Path) -> None:
+    """S15, S22: a client that does not answer pings any more is dead, and what it has sent before is not."""
+    world = World(tmp_path)
+    try:
+        world.connect()
+        world.turns([])
+        gateway, slot = world.gateway, world.slots[1]
+        assert gateway.host is not None
+        gateway.lifecycle.host_gone(gateway.host)
+        gateway.links.by_shard[0] = None
+        world.message(1, 20)
+        gateway.lifecycle._has_acknowledged = lambda slot: False  # type: ignore[method-assign]
+        for _ in range(3):
+            gateway.hub.second += 1000
+            gateway.lifecycle._look(1)
+        world.relink()
+        [message] = gateway.host.events
+        assert (message[0], len(message[7])) == (wire.MESSAGE, 20)
+        world.turns([[wire.SEND, slot, 1, "nobody is there"]])
+        [ended] = gateway.host.events
+        assert (ended[0], ended[9]) == (wire.CLOSE, "ping_timeout")
+        world.read(1)
+        assert world.received[1] == ANSWER + encode_ping()
     finally:
         world.end()
 
