@@ -39,7 +39,13 @@ from hibernation.neighbours import OtherRoom, Parties, PartyRooms
 from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
 from hibernation.room_alarms import Alarm
 from hibernation.sse import sse
-from storage.errors import DataDirectoryError, SchemaTooNew, StorageLimitError, ValueEncodingError
+from storage.errors import (
+    DataDirectoryError,
+    SchemaTooNew,
+    SqlError,
+    StorageLimitError,
+    ValueEncodingError,
+)
 
 if TYPE_CHECKING:
     from hibernation.requests import Request, Response
@@ -79,6 +85,7 @@ __all__ = [
     "DataDirectoryError",
     "SchemaTooNew",
     "StorageLimitError",
+    "SqlError",
     "ValueEncodingError",
 ]
 

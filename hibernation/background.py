@@ -140,6 +140,7 @@ class Background:
             if type(result) is CoroutineType:
                 work.running = result
                 await watched(result, _nothing, [0])
+            turn.check()
         except trio.Cancelled:
             room._discard()
             raise

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from hibernation.background import Work
     from hibernation.overlap import Overlap
     from hibernation.room import Connection, Room
+    from storage.room_database import RoomDatabase
+
+#: What commits by itself: a shard, by its index, or a room's own database, by the room's key.
+Store = int | str
 
 #: An event of the link: its kind, its room's key, and what `hibernation.wire` says of that kind.
 Event = list[Any]
@@ -81,8 +85,8 @@ class Cell:
     edited = 0
     #: Number of the batch that holds the newest uncommitted writes; 0: all is on disk.
     gate = 0
-    #: The shard of those writes.
-    shard = -1
+    #: Where those writes go: a shard, or the room's own database, by the room's key; -1: not known yet.
+    shard: Store = -1
     #: Everything stored before `pending` and `pending_alarms` is to be deleted.
     pending_cleared = False
     #: Alarms set or deleted, not yet committed: name to row, None for deleted.
@@ -133,10 +137,12 @@ class Batch:
     """What commits together, and the results that leave when it has."""
 
     number: int
-    shards: dict[int, ShardBatch] = field(default_factory=dict)
-    #: By shard: what its outbox gets. Encoded, it goes to `rows`.
-    results: dict[int, list[Any]] = field(default_factory=dict)
+    shards: dict[Store, ShardBatch] = field(default_factory=dict)
+    #: By store: what its outbox gets. Encoded, it goes to the rows; those of rooms' own databases join those
+    #: of their shards, whose numbers they have, when the batch is on disk.
+    results: dict[Store, list[Any]] = field(default_factory=dict)
     rows: dict[int, list[Row]] = field(default_factory=dict)
+    own_rows: dict[str, list[Row]] = field(default_factory=dict)
     #: Results of turns that wrote nothing, and ended when the batch was on its way to disk already.
     late: list[Any] = field(default_factory=list)
     edits: "list[tuple[Cell, Connection]]" = field(default_factory=list)
@@ -146,10 +152,15 @@ class Batch:
     lasting: list[Callable[[], None]] = field(default_factory=list)
     #: What its turns have staged, about.
     bytes: int = 0
-    #: By shard: rows up to there have been executed, and leave the outbox with this commit.
-    executed: dict[int, int] = field(default_factory=dict)
-    #: Shards on which it is not yet committed.
-    left: list[int] = field(default_factory=list)
+    #: By store: rows up to there have been executed, and leave the outbox with this commit.
+    executed: dict[Store, int] = field(default_factory=dict)
+    #: Stores in which it is not yet committed, the next one last.
+    left: list[Store] = field(default_factory=list)
+    #: Whether there are rooms' own databases among its stores; and those that are closed with it.
+    has_own: bool = False
+    #: By shard: the alarms of such rooms, of which their shards are told when all the others have committed.
+    behind: dict[int, ShardBatch] = field(default_factory=dict)
+    closing: "list[RoomDatabase]" = field(default_factory=list)
 
 
 class Worker:

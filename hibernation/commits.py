@@ -1,14 +1,27 @@
 """Group commit: the turns of a round that wrote commit together, and nothing of them leaves before.
 
 Owns the batch that is being formed, the one that is on its way to disk, the results that wait for either, and
-the outbox: with a batch's writes go the results that it releases, as a row in each shard concerned. So
-whether a turn has happened is the same question as whether its result is in the outbox (S22). Must not know
-links or rooms' code. Peers: `storage` below, the host above, which takes what `released` hands out and says
-what has been `executed`.
+the outbox: with a batch's writes go the results that it releases, as a row in each store concerned: a shard,
+or the own database of a room that uses SQL. So whether a turn has happened is the same question as whether
+its result is in the outbox (S22). Must not know links or rooms' code. Peers: `storage` below, the host above,
+which takes what `released` hands out and says what has been `executed`.
 
 A commit that the disk refuses is kept and tried again, as it is, for as long as it takes (S36): `paused` says
-why. What was committed on one shard is not committed again when another shard of the batch refuses. One whose
+why. What was committed in one store is not committed again when another store of the batch refuses. One whose
 outcome is unknown ends the process: the next one finds in the outbox what was committed.
+
+Rows of a room's own database are numbered by its shard. Nothing of a batch leaves before all its stores have
+committed, and then each shard's rows leave in the order of their numbers: so whatever part of a batch is on
+disk when this process ends, no row of it is older than one that has left. Alarms of these rooms are in the
+shard like all others: it is told of changes behind the room's own commit, which notes them for the next host.
+
+One turn at a time has a room's own database: from its first statement until the batch that it ends up in is
+on disk, since its statements are in the one transaction that this commits. The next such turn waits. Turns of
+the room that end meanwhile and have not executed any (in rooms where turns overlap, or have background work)
+are put off until the former has ended; then all go into one batch. Background work has the database from a
+statement that changes something until it flushes. When the gateway goes, and with it all turns under way,
+what is put off for the sake of background work must not wait any longer, since the next gateway has to be
+told of it first: the work loses the statements that it has not flushed, and is told so.
 
 Invariants:
     H2  no result is released before all that its turn wrote, or could have read, is committed
@@ -22,16 +35,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
+import trio
 from cbor2 import dumps
 
 from hibernation import wire
-from hibernation.cells import Batch, Cell
+from hibernation.cells import Batch, Cell, Store
 from hibernation.logs import get_logger
-from hibernation.room import Connection, Turn
-from storage.alarms import AlarmRow
+from hibernation.room import Beside, Connection, Turn
 from storage.blame import BlameBatch
 from storage.crons import CronRow
-from storage.errors import CommitRefused
+from storage.errors import CommitRefused, SqlError
+from storage.room_database import RoomDatabase
+from storage.room_databases import RoomDatabases
 from storage.shards import Row, Shard, ShardBatch
 from storage.writer import Writer
 
@@ -39,7 +54,26 @@ from storage.writer import Writer
 #: rows, and SQLite takes no more than a thousand million bytes at once.
 ROW_BYTES_MAX: Final = 16 * 1024 * 1024
 
+#: The gate of a cell whose writes are put off.
+PUT_OFF: Final = -1
+
 log = get_logger("commits")
+
+
+class PutOff:
+    """What turns that have ended leave to be done when another one has let go of the room's database."""
+
+    __slots__ = ("after", "edits", "lasting", "results", "turns")
+
+    def __init__(self) -> None:
+        #: Whose writes are to be staged.
+        self.turns: list[Turn] = []
+        #: What leaves then, and about how many bytes its turn has staged.
+        self.results: list[tuple[list[Any], int]] = []
+        #: As in `Batch`.
+        self.edits: list[tuple[Cell, Connection]] = []
+        self.after: list[Callable[[], None]] = []
+        self.lasting: list[Callable[[], None]] = []
 
 
 class Commits:
@@ -53,6 +87,7 @@ class Commits:
         released: Given each batch whose results may leave.
         paused: Called when the disk refuses a commit, with the reason, and with None when it takes it.
         ready: Whether a batch may be committed now; if not, `end_round` is called again.
+        databases: The own databases of rooms; None: no room can have one.
     """
 
     def __init__(
@@ -64,6 +99,7 @@ class Commits:
         released: Callable[[Batch], None],
         paused: Callable[[str | None], None] = lambda _: None,
         ready: Callable[[Batch], bool] = lambda _: True,
+        databases: RoomDatabases | None = None,
     ) -> None:
         self._shards = shards
         self._shard_count = shard_count
@@ -78,6 +114,17 @@ class Commits:
         #: By shard: the newest row that has been executed, and the newest that has been deleted.
         self._executed: dict[int, int] = {}
         self._deleted: dict[int, int] = {}
+        if databases is None:
+            databases = RoomDatabases(os.curdir, {}, self.shard_of, durability="full")
+        self._databases = databases
+        self._databases.is_needed = lambda key: key in self._forming.shards
+        self._databases.on_crowd = self.tidy_with_next
+        #: By room: turns that wait for its database; what is put off until the turn that has it has ended.
+        self._waiting: dict[str, trio.lowlevel.ParkingLot] = {}
+        self._put_off: dict[str, PutOff] = {}
+        self._making: set[str] = set()
+        #: Rooms' databases want to be looked after with the next batch.
+        self._tidy_due = False
         self.count = 0
         #: Why the disk refuses what is to be committed; None: it does not.
         self.paused: str | None = None
@@ -119,20 +166,38 @@ class Commits:
 
     def stage(self, cell: Cell, turn: Turn) -> None:
         """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
-        forming = self._forming
         index = cell.shard
-        if index < 0:
-            index = cell.shard = self.shard_of(cell.key)
-        batch = forming.shards.get(index)
-        if batch is None:
-            batch = forming.shards[index] = ShardBatch()
+        if index == -1:
+            index = cell.shard = self.store_of(cell.key)
+        inner = turn.inner
+        if inner is not None and inner.database is not None:
+            if not self._stage_statements(cell, turn, inner.database):
+                return
+            self._stage(cell, turn, cell.shard)
+        elif index == cell.key and self._is_held(cell.key):
+            self._put_off_to(cell).turns.append(turn)
+        else:
+            self._stage(cell, turn, index)
         if turn.cleared:
-            batch.clear(cell.key)
             cell.pending.clear()
             cell.pending_cleared = True
             cell.pending_alarms = None
             assert cell.room is not None
             cell.room._pending_cleared = True
+        if turn.writes is not None:
+            cell.pending.update(turn.writes)
+        if turn.alarms:
+            if cell.pending_alarms is None:
+                cell.pending_alarms = {}
+            cell.pending_alarms.update(turn.alarms)
+
+    def _stage(self, cell: Cell, turn: Turn, store: Store) -> None:
+        batch = self._join(cell, store)
+        if turn.cleared:
+            batch.clear(cell.key)
+            if type(store) is str:
+                batch.drops_tables = batch.drops_tables or turn.inner is None or not turn.inner.dropped
+                self._behind(cell.key).clear(cell.key)
         writes = turn.writes
         if writes is not None:
             for name, blob in writes.items():
@@ -140,20 +205,40 @@ class Commits:
                     batch.delete(cell.key, name)
                 else:
                     batch.put(cell.key, name, blob)
-            cell.pending.update(writes)
         if turn.alarms:
-            self._stage_alarms(cell, turn.alarms, batch)
+            batch.alarming.stage(cell.key, turn.alarms)
+            if type(store) is str:
+                self._behind(cell.key).alarming.stage(cell.key, turn.alarms)
+            dues = [row.due_ms for row in turn.alarms.values() if row is not None and not row.failed]
+            if dues:
+                # Lasting: the batch may be kept when the gateway goes, and alarms are looked for before it is
+                # on disk.
+                stored = partial(self.alarms_stored, self.shard_of(cell.key), min(dues))
+                self._forming.lasting.append(stored)
+
+    def _behind(self, key: str) -> ShardBatch:
+        """What the shard of a room with a database of its own is told when that has committed."""
+        return self._forming.behind.setdefault(self.shard_of(key), ShardBatch())
+
+    def _join(self, cell: Cell, store: Store) -> ShardBatch:
+        """What the room does next is released by the commit that is being formed, in this store."""
+        forming = self._forming
+        batch = forming.shards.get(store)
+        if batch is None:
+            batch = forming.shards[store] = ShardBatch()
+            if type(store) is str:
+                forming.has_own = True
         cell.gate = forming.number
         forming.cells.add(cell)
+        return batch
 
-    def _stage_alarms(self, cell: Cell, changes: dict[str, AlarmRow | None], batch: ShardBatch) -> None:
-        batch.alarming.stage(cell.key, changes)
-        if cell.pending_alarms is None:
-            cell.pending_alarms = {}
-        cell.pending_alarms.update(changes)
-        dues = [row.due_ms for row in changes.values() if row is not None and not row.failed]
-        if dues:
-            self._forming.after.append(partial(self.alarms_stored, cell.shard, min(dues)))
+    def _put_off_to(self, cell: Cell) -> PutOff:
+        """What the room does next is released when another turn has let go of its database."""
+        cell.gate = PUT_OFF
+        put_off = self._put_off.get(cell.key)
+        if put_off is None:
+            put_off = self._put_off[cell.key] = PutOff()
+        return put_off
 
     def hold(
         self, cell: Cell, result: list[Any], edits: list[tuple[Cell, Connection]], size_bytes: int = 0
@@ -161,6 +246,11 @@ class Commits:
         """Keep a result until the newest writes of its room are on disk. `size_bytes`: of all its turn
         staged, about.
         """
+        if cell.gate == PUT_OFF:
+            put_off = self._put_off[cell.key]
+            put_off.results.append((result, size_bytes))
+            put_off.edits += edits
+            return
         batch = self._batch_of(cell)
         batch.bytes += size_bytes
         if batch is not self._forming:
@@ -176,18 +266,21 @@ class Commits:
         """The result that the room holds next is to be on disk before it leaves, whether or not its turn
         wrote.
         """
-        if cell.shard < 0:
-            cell.shard = self.shard_of(cell.key)
-        self._forming.shards.setdefault(cell.shard, ShardBatch())
-        cell.gate = self._forming.number
-        self._forming.cells.add(cell)
+        if cell.gate == PUT_OFF:
+            return
+        if cell.shard == -1:
+            cell.shard = self.store_of(cell.key)
+        if cell.shard == cell.key and self._is_held(cell.key):
+            self._put_off_to(cell)
+        else:
+            self._join(cell, cell.shard)
 
     def after(self, cell: Cell, action: Callable[[], None], *, lasting: bool = False) -> None:
         """Call `action` when the newest writes of the room are on disk; now, if they are. Not, if the gateway
         goes before, unless it is `lasting`.
         """
         if cell.gate:
-            batch = self._batch_of(cell)
+            batch = self._put_off[cell.key] if cell.gate == PUT_OFF else self._batch_of(cell)
             (batch.lasting if lasting else batch.after).append(action)
         else:
             action()
@@ -210,7 +303,7 @@ class Commits:
         self._forming = Batch(batch.number + 1)
         self._seal(batch)
         self.count += 1
-        if not self._inline:
+        if not self._inline or (batch.has_own and self._takes_long(batch)):
             self._start(batch)
             return
         try:
@@ -221,23 +314,47 @@ class Commits:
         except BaseException as error:  # noqa: BLE001 - whatever it is, the outcome is unknown
             self._die(error)
         self._release(batch)
-        due = [self._shards[index] for index in batch.shards if self._shards[index].checkpoint_due]
+        due = {store: file for store in batch.shards if (file := self._file(store)).checkpoint_due}
         if due:
             # Long enough to be the writer thread's matter; commits wait for its end, behind an empty batch.
-            self._committing = Batch(0)
-            self._writer.submit(lambda: _checkpoint(due))
+            self._committing = empty = Batch(0)
+            if batch.has_own:
+                empty.has_own = True
+                for store, file in due.items():
+                    if isinstance(file, RoomDatabase):
+                        empty.shards[store] = ShardBatch()
+                        file.busy = True
+            self._writer.submit(lambda: _checkpoint(list(due.values())))
 
     def _seal(self, batch: Batch) -> None:
         """Nothing is added to what the batch commits: number and encode its rows."""
-        for index in batch.shards:
-            rows = batch.rows[index] = []
-            if results := batch.results.get(index):
-                self._encode(self._shards[index], results, rows)
-            executed = self._executed.get(index, 0)
-            if executed > self._deleted.get(index, 0):
-                batch.executed[index] = executed
+        databases = self._databases
+        if self._tidy_due or databases.unadopted:
+            self._look_after(batch)
+        stores: list[Store] = list(batch.shards)
+        if batch.has_own:
+            # What a room did in its shard comes before what it did in its own database.
+            stores.sort(key=lambda store: isinstance(store, str))
+        for store in stores:
+            rows: list[Row] = []
+            if isinstance(store, int):
+                shard = self._shards[store]
+                batch.rows[store] = rows
+                executed = self._executed.get(store, 0)
+                if executed > self._deleted.get(store, 0):
+                    batch.executed[store] = executed
+            else:
+                database = databases.get(store)
+                database.busy = True
+                shard = database.shard
+                batch.own_rows[store] = rows
+                if database.newest_row and (executed := self._executed.get(shard.index, 0)):
+                    batch.executed[store] = executed
+            if results := batch.results.get(store):
+                self._encode(shard, results, rows)
         batch.results.clear()
-        batch.left = list(batch.shards)
+        stores.reverse()
+        batch.left = stores
 
     def _encode(self, shard: Shard, results: list[Any], rows: list[Row]) -> None:
         encoded = dumps(results)
@@ -247,6 +364,17 @@ class Commits:
             self._encode(shard, results[half:], rows)
         else:
             rows.append((shard.next_row(), encoded))
+
+    def _takes_long(self, batch: Batch) -> bool:
+        """Whether a database is to be closed, or to be filled from its shard."""
+        return bool(batch.closing) or any(
+            not database.complete
+            for store in batch.shards
+            if type(store) is str and (database := self._databases.opened(store)) is not None
+        )
+
+    def _file(self, store: Store) -> Shard | RoomDatabase:
+        return self._shards[store] if isinstance(store, int) else self._databases.get(store)
 
     def _start(self, batch: Batch) -> None:
         self._committing = batch
@@ -263,7 +391,9 @@ class Commits:
                 if batch.number:
                     self._refused(batch, error)
                     continue
-                batch.executed.clear()  # it was only the outbox; there is time
+                batch.executed.clear()  # it was only the outbox, or what a shard is told; there is time
+                for each in batch.shards.values():
+                    each.adopted = None
             elif error is not None:
                 self._die(error)
             self._committing = None
@@ -303,21 +433,55 @@ class Commits:
 
     @property
     def untidy(self) -> bool:
-        """Whether executed rows are still in the outbox."""
+        """Whether executed rows are still in the outbox, or a room's database is open that need not be."""
         deleted = self._deleted
-        return any(row > deleted.get(shard, 0) for shard, row in self._executed.items())
+        return (
+            any(row > deleted.get(shard, 0) for shard, row in self._executed.items())
+            or self._databases.are_open()
+            or bool(self._databases.unadopted)
+        )
 
     def tidy(self) -> None:
-        """Take executed rows out of the outbox, if no commit is under way that does it."""
-        if self._committing is not None or self._forming.results or not self.untidy:
+        """Take executed rows out of the outbox, if no commit is under way that does it; and look after the
+        own databases of rooms.
+        """
+        if self._committing is not None or self._forming.results:
+            self.tidy_with_next()
+            return
+        if not self.untidy:
             return
         batch = Batch(0)
         for shard, row in self._executed.items():
             if row > self._deleted.get(shard, 0):
                 batch.executed[shard] = row
                 batch.shards[shard] = ShardBatch()
-        batch.left = list(batch.shards)
-        self._start(batch)
+        self._look_after(batch)
+        if batch.shards or batch.closing:
+            batch.left = list(batch.shards)
+            self._start(batch)
+
+    def tidy_with_next(self) -> None:
+        """Look after the own databases of rooms with the next commit."""
+        self._tidy_due = self._databases.are_open()
+
+    def _look_after(self, batch: Batch) -> None:
+        """Add to a batch what the own databases of rooms want: that their shards know of them, that executed
+        rows go, that those nobody needs are closed.
+        """
+        self._tidy_due = False
+        databases = self._databases
+        for key in databases.unadopted:
+            batch.shards.setdefault(self.shard_of(key), ShardBatch()).adopt(key)
+        forming = self._forming.shards
+        for database in databases.all_open():
+            key = database.key
+            executed = self._executed.get(database.shard.index, 0)
+            if 0 < database.newest_row <= executed and database.is_free and key not in forming:
+                database.busy = batch.has_own = True
+                batch.shards.setdefault(key, ShardBatch())
+                batch.executed[key] = executed
+        batch.closing = databases.closable([*forming, *batch.shards])
+        batch.has_own = batch.has_own or bool(batch.closing)
 
     def close(self) -> None:
         """At a clean end, when the writer has ended: take executed rows out of the outbox, if the disk lets
@@ -327,6 +491,136 @@ class Commits:
             if row > self._deleted.get(shard, 0):
                 with contextlib.suppress(CommitRefused):
                     self._shards[shard].commit(ShardBatch(), (), row)
+        # What was cancelled with this process must not be committed with them.
+        self._databases.abandon_turns()
+        for database in self._databases.all_open():
+            executed = self._executed.get(database.shard.index, 0)
+            if 0 < database.newest_row <= executed and database.is_free:
+                with contextlib.suppress(CommitRefused):
+                    database.commit(ShardBatch(), (), executed)
+
+    # --- Own databases of rooms -------------------------------------------------------------------
+
+    def store_of(self, key: str) -> Store:
+        """Where a room's storage is: the index of its shard, or its key, if it has a database of its own."""
+        own = self._databases.own
+        return key if own and key in own else self.shard_of(key)
+
+    def file_of(self, key: str) -> Shard | RoomDatabase:
+        """What to read a room's committed entries from.
+
+        Raises:
+            DataDirectoryError: the room's own database cannot be used.
+        """
+        own = self._databases.own
+        if own and key in own:
+            return self._databases.get(key)
+        return self._shards[self.shard_of(key)]
+
+    async def own_database(
+        self, cell: Cell, turn: object, may_have: Callable[[], bool] = lambda: True
+    ) -> RoomDatabase:
+        """The room's own database, made if it has none, for this turn alone until that has ended. Waits until
+        all that the room has staged is on disk, and for whoever else has the database.
+
+        Args:
+            may_have: Whether the turn may have it now; if not, `look_again` has to be called some time.
+
+        Raises:
+            DataDirectoryError: it cannot be made, or used.
+        Cancellation:
+            Leaves nothing behind but perhaps an empty file.
+        """
+        key = cell.key
+        databases = self._databases
+        while True:
+            database = databases.get(key) if key in databases.own else databases.opened(key)
+            if database is not None and database.holder is turn:
+                return database
+            if not cell.gate and key not in self._making and may_have():
+                if database is None:
+                    await self._make(key)
+                    continue
+                if database.is_free:
+                    database.begin(turn, lambda: self._freed(cell))
+                    return database
+            await self._waiting.setdefault(key, trio.lowlevel.ParkingLot()).park()
+
+    async def _make(self, key: str) -> None:
+        self._making.add(key)
+        try:
+            self._databases.add(await trio.to_thread.run_sync(self._databases.make, key))
+        finally:
+            self._making.discard(key)
+            self.look_again(key)
+
+    def _stage_statements(self, cell: Cell, turn: Turn, database: RoomDatabase) -> bool:
+        """The turn that has executed statements has ended. False: nothing of it has to be committed."""
+        changed = database.end()
+        if changed:
+            cell.shard = cell.key  # from now on, whether it was before or not
+        return changed or bool(turn.writes) or bool(turn.alarms) or turn.cleared
+
+    def _is_held(self, key: str) -> bool:
+        """Whether another turn has the room's database."""
+        database = self._databases.opened(key)
+        return database is not None and database.holder is not None
+
+    def _freed(self, cell: Cell) -> None:
+        """The turn that had the room's database has ended, well or not: what it has put off goes on."""
+        put_off = self._put_off.pop(cell.key, None)
+        if put_off is not None:
+            forming = self._forming
+            self._join(cell, cell.shard)
+            for turn in put_off.turns:
+                self._stage(cell, turn, cell.shard)
+            for result, size_bytes in put_off.results:
+                self.hold(cell, result, [], size_bytes)
+            forming.edits += put_off.edits
+            forming.after += put_off.after
+            forming.lasting += put_off.lasting
+        self.look_again(cell.key)
+
+    def look_again(self, key: str) -> None:
+        """Let those who wait for a room's database look again."""
+        if self._waiting and (lot := self._waiting.pop(key, None)) is not None:
+            lot.unpark_all()
+
+    def _release_own(self, batch: Batch) -> None:
+        """What a batch did in own databases of rooms is on disk."""
+        databases = self._databases
+        for store in batch.shards:
+            if isinstance(store, str):
+                database = databases.get(store)
+                database.busy = database.staged = False
+                if store not in databases.own:
+                    databases.has_moved(store)
+                if rows := batch.own_rows.get(store):
+                    batch.rows.setdefault(database.shard.index, []).extend(rows)
+        for rows in batch.rows.values():
+            rows.sort()
+
+    def abandon_turns(self) -> None:
+        """The gateway has gone, and with it all turns under way, but no background work. What turns that have
+        ended did stays: their statements with the batch that they are in, and what is put off goes into the
+        one that is being formed, which the next gateway waits for.
+        """
+        for database in list(self._databases.all_open()):
+            holder = database.holder
+            if isinstance(holder, Beside):
+                if database.key in self._put_off:
+                    assert holder.inner is not None
+                    holder.inner.lose(_lost())
+                    database.undo()
+            elif holder is not None:
+                database.undo()
+
+    def holds_up(self, cell: Cell, turn: object) -> bool:
+        """Whether what the room waits for is put off until this turn has let go of the room's database."""
+        if cell.gate != PUT_OFF:
+            return False
+        database = self._databases.opened(cell.key)
+        return database is not None and database.holder is turn
 
     # --- What ended hosts -------------------------------------------------------------------------
 
@@ -340,11 +634,8 @@ class Commits:
 
     def blaming_of(self, cell: Cell) -> BlameBatch:
         """The same for this room: results of it wait for that commit."""
-        if cell.shard < 0:
-            cell.shard = self.shard_of(cell.key)
-        blaming = self.blaming(cell.shard)
-        cell.gate = self._forming.number
-        self._forming.cells.add(cell)
+        blaming = self.blaming(self.shard_of(cell.key))
+        self.must_store(cell)
         return blaming
 
     def claim_tick(self, index: int, row: CronRow, action: Callable[[CronRow], None] | None) -> None:
@@ -373,6 +664,9 @@ class Commits:
             if batch is not None:
                 batch.edits.clear()
                 batch.after.clear()
+        for put_off in self._put_off.values():
+            put_off.edits.clear()
+            put_off.after.clear()
 
     def shard_of(self, key: str) -> int:
         """The shard that holds a room's storage."""
@@ -381,14 +675,20 @@ class Commits:
     def _write(self, batch: Batch) -> None:
         left = batch.left
         while left:
-            index = left[-1]
-            self._shards[index].commit(
-                batch.shards[index], batch.rows.get(index, ()), batch.executed.get(index, 0)
-            )
+            store = left[-1]
+            rows = batch.rows.get(store) if isinstance(store, int) else batch.own_rows.get(store)
+            self._file(store).commit(batch.shards[store], rows or (), batch.executed.get(store, 0))
             left.pop()
+        for index in list(batch.behind):
+            self._shards[index].commit(batch.behind[index])
+            del batch.behind[index]
+        for database in batch.closing:
+            database.close_unless_wanted()
 
     def _release(self, batch: Batch) -> None:
-        self._deleted.update(batch.executed)
+        for store, row in batch.executed.items():
+            if isinstance(store, int):
+                self._deleted[store] = row
         if self.paused is not None and batch.number:
             self._resume()
         for cell in batch.cells:
@@ -399,9 +699,24 @@ class Commits:
                 cell.pending_alarms = None
                 if cell.room is not None:
                     cell.room._pending_cleared = False
+        if batch.has_own:
+            self._release_own(batch)
+        if self._databases.unadopted:
+            for each in batch.shards.values():
+                self._databases.unadopted -= each.adopted or set()
         self._released(batch)
         for action in (*batch.lasting, *batch.after):
             action()
+        if batch.closing:
+            for database in batch.closing:
+                self._databases.close_has_ended(database)
+                self.look_again(database.key)
+        if self._waiting:
+            for cell in batch.cells:
+                self.look_again(cell.key)
+            for store in batch.shards:
+                if type(store) is str:
+                    self.look_again(store)
 
     def _die(self, error: BaseException) -> None:
         """End this host: the outcome is unknown, so nothing may leave. The next one reads the outbox:
@@ -417,6 +732,15 @@ def _nothing() -> None:
     """What is to be done when something has been stored for whoever comes next."""
 
 
-def _checkpoint(shards: list[Shard]) -> None:
+def _lost() -> SqlError:
+    return SqlError(
+        "",
+        "the gateway has gone while background work had the room's database and turns waited for that: "
+        "its statements are undone",
+        "Flush right behind statements, and run them again after this error",
+    )
+
+
+def _checkpoint(shards: list[Shard | RoomDatabase]) -> None:
     for shard in shards:
         shard.checkpoint()

@@ -32,6 +32,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 from select import EPOLLIN, EPOLLOUT, epoll
 from typing import Any, Final
 
@@ -53,10 +54,13 @@ from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
-from hibernation.room import Connection, Edit, Turn
+from hibernation.room import Connection, Edit, Turn, running_turn
 from hibernation.settings import Settings
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
+from storage.errors import BrokerError
+from storage.room_database import RoomDatabase
+from storage.room_databases import RoomDatabases
 from storage.shards import Shard
 from storage.writer import Writer
 
@@ -154,8 +158,24 @@ class Host:
         self._question = 0
         self.turn_count = 0
         inline = settings.durability == "os"
+        self._databases = RoomDatabases(
+            config.data,
+            self._shards,
+            lambda key: wire.partition_of(key) % config.shard_count,
+            durability=settings.durability,
+            bytes_max=settings.room_database_bytes_max,
+        )
+        #: What rooms look at, see `room.Backstage`.
+        self.own_databases = self._databases.own
         self._commits = Commits(
-            self._shards, config.shard_count, self._writer, inline, self._released, self._paused, self._ready
+            self._shards,
+            config.shard_count,
+            self._writer,
+            inline,
+            self._released,
+            self._paused,
+            self._ready,
+            self._databases,
         )
         self._nursery: trio.Nursery
         self._retrying = False
@@ -173,6 +193,7 @@ class Host:
         )
         self._turns = Turns(self._finish, self._pool.suspended, dev=config.dev)
         self._pool.turns = self._turns
+        self._turns.line_has_moved = self._commits.look_again
         self._background = Background(self._pool, self._finish, self._flush, self._turns.log_failure)
         self._exchanges = Exchanges(
             settings,
@@ -212,9 +233,10 @@ class Host:
         self.read_alarm = self._alarms.read_alarm
         self.read_alarms = self._alarms.read_alarms
         self.count_alarms = self._alarms.count_alarms
-        for index, shard in self._shards.items():
-            for row, items in shard.rows():
+        for index, rows in self._databases.recover(_damaged).items():
+            for row, items in rows:
                 self._put_row(index, row, items)
+        self._databases.on_open = self._tidy_soon
 
     # --- Life of the process ----------------------------------------------------------------------
 
@@ -250,6 +272,7 @@ class Host:
             if ended_well:
                 self._blame.running.close()
             self._writer.close()
+            self._databases.close()
             for shard in self._shards.values():
                 shard.close()
 
@@ -269,6 +292,7 @@ class Host:
                 self._alarms.open()
                 self._crons.open()
                 await self._pool.run()
+                self._commits.abandon_turns()
                 self._forget()  # also what was still said while tasks came to their end
                 await self._finish_commits()
             await trio.sleep(RECONNECT_SECONDS)
@@ -431,6 +455,9 @@ class Host:
 
     # --- The outbox, and a disk that takes nothing ------------------------------------------------
 
+    def _tidy_soon(self) -> None:
+        self._executed.set()
+
     async def _tidy(self) -> None:
         """Keep no executed rows in the outbox when no commit comes that takes them out."""
         while True:
@@ -441,6 +468,8 @@ class Host:
                 await trio.sleep(TIDY_SECONDS)
                 if count == self._commits.count:
                     self._commits.tidy()
+                else:
+                    self._commits.tidy_with_next()
 
     def _paused(self, reason: str | None) -> None:
         """The disk refuses a commit, or takes it again (S36)."""
@@ -728,7 +757,14 @@ class Host:
 
     def read(self, key: str, name: str) -> bytes | None:
         """The committed value of one storage key."""
+        own = self.own_databases
+        if own and key in own:
+            return self._commits.file_of(key).get(key, name)
         return self._shards[self._commits.shard_of(key)].get(key, name)
+
+    def read_many(self, key: str, names: Iterable[str]) -> dict[str, bytes]:
+        """The committed values of those of these storage keys that exist."""
+        return self._commits.file_of(key).get_many(key, names)
 
     def read_range(
         self,
@@ -742,9 +778,18 @@ class Host:
         limit: int | None,
     ) -> list[tuple[str, bytes]]:
         """Committed keys and values in byte order."""
-        return self._shards[self._commits.shard_of(key)].list(
-            key, start, start_after, end, prefix, reverse, limit
-        )
+        return self._commits.file_of(key).list(key, start, start_after, end, prefix, reverse, limit)
+
+    def open_database(self, key: str) -> None:
+        """Have the room's own database open; raises DataDirectoryError if it cannot be used."""
+        self._databases.get(key)
+
+    async def own_database(self, key: str, turn: Turn) -> RoomDatabase:
+        """The room's own database, for this turn alone until its end."""
+        cell = self._pool.cells.get(key)
+        if cell is None or cell.room is not turn.room:
+            raise RoomGone(key)  # the gateway has gone, and this turn is cancelled
+        return await self._commits.own_database(cell, turn, self._pool.is_first(cell))
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
@@ -774,7 +819,11 @@ class Host:
             raise RoomGone(room.key)  # the gateway has gone, and this turn is cancelled
         part = turn.split()
         if part.used:
-            self._finish(cell, part, [wire.EFFECTS, part.effects])
+            try:
+                self._finish(cell, part, [wire.EFFECTS, part.effects])
+            except BaseException:
+                turn.inner = part.inner  # which is undone with the turn
+                raise
         stored = trio.Event()
         self._commits.after(cell, stored.set, lasting=True)
         self._flush()
@@ -836,9 +885,9 @@ class Host:
         serial = in_turn and getattr(kind.cls, "concurrency", "serial") == "serial"
         answer = ["late"]
         with trio.move_on_after(settings.fetch_timeout):
-            if cell is not None and cell.gate:
+            if cell is not None and cell.gate and not self._commits.holds_up(cell, running_turn()):
                 # What earlier turns wrote, and who asks may have read, must not be told before it is on disk
-                # (H2); that holds for a stream, too.
+                # (H2); that holds for a stream, too. What waits for who asks, it cannot wait for.
                 stored = trio.Event()
                 self._commits.after(cell, stored.set)
                 self._flush()
@@ -863,6 +912,10 @@ class Host:
 
     async def _is_deserted(self, key: str) -> bool:
         return not await self.ask_gateway(key, "count", [[], [], []])
+
+
+def _damaged(path: Path, error: BrokerError) -> None:
+    log.critical("the database of a room cannot be used", path=os.fspath(path), error=str(error))
 
 
 async def serve(config: HostConfig, parties: list[Party], env: dict[str, str]) -> None:

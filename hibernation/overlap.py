@@ -65,6 +65,11 @@ class Overlap:
             passed.add(number)
         return -1
 
+    def is_first(self, event: Event) -> bool:
+        """Whether nothing that is in progress has to end before this."""
+        line = None if event[0] > wire.CLOSE else self._lines.get(event[3])
+        return not line or line[0][0] is event
+
     def may_take(self, events: list[Event]) -> bool:
         """Whether one of these events may begin."""
         return bool(events) and self._find(events) >= 0

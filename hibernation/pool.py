@@ -127,6 +127,7 @@ class Pool:
         self.cells: dict[str, Cell] = {}
         self._ready: deque[Cell] = deque()
         self._workers: set[Worker] = set()
+        self._by_task: dict[trio.lowlevel.Task, Worker] = {}
         self._parked: list[Worker] = []
         self._waiting = False
         self._nursery: trio.Nursery | None = None
@@ -175,8 +176,9 @@ class Pool:
 
     async def _work(self) -> None:
         worker = Worker(self.running.take())
-        worker.task = trio.lowlevel.current_task()
+        task = worker.task = trio.lowlevel.current_task()
         self._workers.add(worker)
+        self._by_task[task] = worker
         try:
             while True:
                 worker.cancelled = False
@@ -192,6 +194,7 @@ class Pool:
             self._workers.discard(worker)
             raise
         finally:
+            del self._by_task[task]
             if worker in self._workers:
                 self._workers.discard(worker)
                 self.running.give_back(worker.note)
@@ -508,6 +511,20 @@ class Pool:
         if self.probation is not None:
             self._rested(self.probation, cell)
 
+    def is_first(self, cell: Cell) -> Callable[[], bool]:
+        """A question: whether no turn has to end before that of the running task may."""
+        if cell.kind.interleaves:
+            task: trio.lowlevel.Task | None = trio.lowlevel.current_task()
+            while task is not None:
+                worker = self._by_task.get(task)
+                if worker is not None:
+                    event = worker.event
+                    if not event:
+                        break
+                    return lambda: cell.overlap is None or cell.overlap.is_first(event)
+                task = None if task.parent_nursery is None else task.parent_nursery.parent_task
+        return lambda: True
+
     async def _is_awake(self, cell: Cell, worker: Worker, overlap: Overlap) -> bool:
         """Construct and start a room, if it is not awake; nothing of it runs beside that. False: it is tried
         again later.
@@ -783,7 +800,9 @@ class Pool:
                 running = worker.cell
                 if running is None or not worker.event or running.abandoned:
                     continue
-                if now - worker.started >= running.kind.settings.turn_timeout:
+                if self.paused and running.gate:
+                    worker.started = now  # it may be waiting for the disk, and has its time when that goes on
+                elif now - worker.started >= running.kind.settings.turn_timeout:
                     worker.cancel()
             if not self._idle and not self._retries:
                 self._clock_wanted = trio.Event()

@@ -11,7 +11,9 @@ connections onto these, where they are counted in `_edits` until the gateway kno
 room read them, and not the older ones that an event may still carry.
 """
 
+import builtins
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from json import dumps as dump_json
@@ -27,6 +29,7 @@ from hibernation.room_alarms import AlarmMethods, AlarmSource
 from hibernation.settings import Settings
 from storage.alarms import AlarmRow
 from storage.shards import key_bytes
+from storage.sql_guard import bind
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
@@ -34,11 +37,17 @@ if TYPE_CHECKING:
     from hibernation.neighbours import Parties, Switchboard
     from hibernation.replies import Reply
     from hibernation.requests import Request
+    from storage.errors import SqlError
+    from storage.room_database import RoomDatabase
+    from storage.sql_guard import Value
 
 #: What a message may be: text, bytes, or anything else that JSON can hold.
 Message = Any
 
 _UNREAD: Final[Any] = object()
+
+#: Transactions of one turn that may be open, one in another.
+TRANSACTIONS_MAX: Final = 64
 
 #: A stored value, encoded; None: deleted.
 Blob = bytes | None
@@ -58,6 +67,7 @@ class Turn:
         "edits",
         "effects",
         "evict",
+        "inner",
         "room",
         "stored",
         "tasks",
@@ -75,6 +85,8 @@ class Turn:
         #: By key: None means deleted. What was stored before is to be deleted first if `cleared`.
         self.writes: dict[str, Blob] | None = None
         self.cleared = False
+        #: What few turns have: inner transactions, and the room's own database.
+        self.inner: Inner | None = None
         #: Alarms, by name: None means deleted.
         self.alarms: dict[str, AlarmRow | None] | None = None
         #: The name of the alarm that it runs.
@@ -105,6 +117,12 @@ class Turn:
             self.set_alarm(running, None)
         return part
 
+    def check(self) -> None:
+        """Raise what keeps the turn from ending well, if there is such a thing."""
+        inner = self.inner
+        if inner is not None and inner.lost is not None:
+            raise inner.lost
+
     def set_alarm(self, name: str, row: "AlarmRow | None") -> None:
         """Stage one alarm; None deletes."""
         alarms = self.alarms
@@ -128,6 +146,27 @@ class Beside(Turn):
     __slots__ = ()
 
 
+class Inner:
+    """What a turn has that uses `storage.transaction` or `storage.sql`."""
+
+    __slots__ = ("database", "depth", "dropped", "lost")
+
+    def __init__(self) -> None:
+        #: Inner transactions that are open, one in another.
+        self.depth = 0
+        #: The room's own database, which this turn has to itself.
+        self.database: RoomDatabase | None = None
+        #: What `delete_all` takes from there, it has taken.
+        self.dropped = False
+        #: Why what it has executed is undone, of a turn that goes on.
+        self.lost: SqlError | None = None
+
+    def lose(self, error: "SqlError") -> None:
+        """What the turn has executed is undone, and the turn cannot end well any more."""
+        self.database = None
+        self.lost = error
+
+
 class Edit:
     """What one turn has changed of a connection."""
 
@@ -146,6 +185,11 @@ class Edit:
 _turn: ContextVar[Turn] = ContextVar("turn", default=Turn(None))  # noqa: B039 - it has ended, and stays so
 
 
+def running_turn() -> Turn:
+    """The turn that the running task belongs to, or belonged to."""
+    return _turn.get()
+
+
 def leave_turn() -> None:
     """The running task belongs to no turn, whatever its parent was doing when it was started."""
     _turn.set(Turn(None))
@@ -153,6 +197,20 @@ def leave_turn() -> None:
 
 class Backstage(AlarmSource, Protocol):
     """What a room needs of its host."""
+
+    #: Rooms whose storage is in a database of their own.
+    own_databases: set[str]
+
+    def open_database(self, key: str) -> None:
+        """Have such a room's database open; raises DataDirectoryError if it cannot be used."""
+
+    async def own_database(self, key: str, turn: Turn) -> "RoomDatabase":
+        """The room's own database, made if there is none, for this turn alone until its end. Waits for those
+        who have it.
+        """
+
+    def read_many(self, key: str, names: Iterable[str]) -> dict[str, bytes]:
+        """The committed values of those of these storage keys that exist."""
 
     def read(self, key: str, name: str) -> bytes | None:
         """The committed value of one storage key."""
@@ -499,6 +557,11 @@ class Storage(AlarmMethods):
     __slots__ = ("_room",)
 
     def __init__(self, room: "Room") -> None:
+        own = room._host.own_databases
+        if own and room.key in own:
+            room._host.open_database(
+                room.key
+            )  # what is wrong with it is told here, and not at the turn's end
         self._room = room
 
     @overload
@@ -518,12 +581,7 @@ class Storage(AlarmMethods):
         if isinstance(key, str):
             blob = self._look(key)
             return default if blob is None else decode(blob)
-        found = {}
-        for name in key:
-            blob = self._look(name)
-            if blob is not None:
-                found[name] = decode(blob)
-        return found
+        return {name: decode(blob) for name, blob in self._look_up(key).items() if blob is not None}
 
     @overload
     def put(self, key: str, value: Any) -> _Done: ...
@@ -569,18 +627,145 @@ class Storage(AlarmMethods):
             turn.write(key, None)
             return _Done(existed)
         room._count(turn, sum([check_key(name) for name in key]))
-        count = 0
-        for name in dict.fromkeys(key):
-            count += self._look(name) is not None
+        found = self._look_up(key)
+        for name in found:
             turn.write(name, None)
-        return _Done(count)
+        return _Done(sum([blob is not None for blob in found.values()]))
 
     def delete_all(self) -> _Done:
-        """Remove everything that the room has stored, its alarms too."""
+        """Remove everything that the room has stored, tables and alarms included, in one step."""
         turn = self._room._staging()
+        inner = turn.inner
+        if inner is not None:
+            inner.dropped = False
+            if inner.database is not None:
+                inner.database.drop_tables(inner.depth)
+                inner.dropped = True
         turn.writes = turn.alarms = None
         turn.cleared = turn.stored = True
         return _DONE
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[None]:
+        """Make what is stored in the block one thing: an exception that leaves it undoes what was stored in
+        it, by puts, deletes, alarms and statements, and goes on to the caller.
+
+            async with room.storage.transaction():
+                ...
+
+        A turn as a whole is a transaction without this; so it serves those that catch such an exception and
+        go on. They nest. Only storage is undone: messages, tags, state and closes of the turn stay.
+
+        Raises:
+            RoomGone: Used outside of a turn, or beyond its end.
+            RuntimeError: It ends while one that was begun later, by another task, is still open.
+        """
+        room = self._room
+        turn = room._staging()
+        inner = turn.inner
+        if inner is None:
+            inner = turn.inner = Inner()
+        if inner.depth >= TRANSACTIONS_MAX:
+            raise LimitExceeded(
+                "transactions in one another",
+                inner.depth + 1,
+                TRANSACTIONS_MAX,
+                "deep",
+                remedy="use a loop in one of them",
+            )
+        before = (
+            None if turn.writes is None else dict(turn.writes),
+            None if turn.alarms is None else dict(turn.alarms),
+            turn.cleared,
+            turn.stored,
+            inner.dropped,
+        )
+        depth = inner.depth = inner.depth + 1
+        keep = False
+        try:
+            yield
+            keep = True
+        finally:
+            if turn.room is not room:
+                if keep:
+                    raise RoomGone(room.key)
+            elif inner.depth != depth:
+                raise RuntimeError(
+                    "transactions of one turn have to end in the opposite order of their beginning"
+                )
+            else:
+                inner.depth -= 1
+                if inner.database is not None:
+                    inner.database.leave(depth, keep=keep)
+                if not keep:
+                    turn.writes, turn.alarms, turn.cleared, turn.stored, inner.dropped = before
+                    turn.stored = turn.stored or inner.database is not None
+                self._let_go(turn, inner)
+
+    async def sql(self, query: str, *parameters: "Value") -> "builtins.list[dict[str, Value]]":
+        """Run one statement in the room's own SQLite database, as a part of the turn like all that it stores.
+
+        The first statement of a room makes the database, and moves all its keys and values there. Other turns
+        of the room that call this wait until what this turn has stored is on disk; and with `concurrency`
+        "interleave" it waits for the earlier messages of its connection to end. Background work has the
+        database from a statement that changes something until it flushes, or ends: flush right behind it.
+
+        Args:
+            query: One statement of SQL, of at most 100,000 bytes. Not BEGIN, COMMIT, SAVEPOINT, ATTACH, and
+                PRAGMA only where it asks about tables.
+            parameters: What each "?" in it stands for: None, int of 64 bits, float, str or bytes, up to
+                2 MiB each.
+
+        Returns:
+            The rows of the result, each a dict from column to value; [] if there is none. Of columns of one
+            name the last counts.
+
+        Raises:
+            SqlError: The statement is refused, fails, or takes longer than sql_timeout [2 s]; nothing of it
+                is left, and the turn may go on. In background work also: what it has executed and not
+                flushed is undone, since the gateway has gone; then the work fails.
+            StorageLimitError: The statement, a parameter, its result (turn_bytes_max) or the database
+                (room_database_bytes_max) is too large; likewise.
+            LimitExceeded: The turn stages more than turn_bytes_max.
+            DataDirectoryError: The database cannot be made or used.
+        """
+        room = self._room
+        turn = room._staging()
+        values = bind(query, parameters)
+        room._count(turn, len(query) + sum([len(v) for v in values if type(v) is str or type(v) is bytes]))
+        turn.check()
+        inner = turn.inner
+        database = None if inner is None else inner.database
+        if inner is None or database is None:
+            database = await room._host.own_database(room.key, turn)
+            if turn.room is not room:  # it was given up meanwhile
+                database.undo()
+                raise RoomGone(room.key)
+            inner = turn.inner  # another one, if another task of the turn has flushed meanwhile
+            if inner is None:
+                inner = turn.inner = Inner()
+            inner.database = database
+            turn.stored = True
+        if turn.cleared and not inner.dropped:
+            database.drop_tables(inner.depth)
+            inner.dropped = True
+        settings = room._settings
+        rows = database.execute(
+            query,
+            values,
+            depth=inner.depth,
+            bytes_max=settings.turn_bytes_max,
+            seconds=settings.sql_timeout,
+        )
+        self._let_go(turn, inner)
+        return rows
+
+    def _let_go(self, turn: Turn, inner: Inner) -> None:
+        """Background work that only asks keeps nobody from the database: it may go on for ever."""
+        database = inner.database
+        if isinstance(turn, Beside) and database is not None and not inner.depth and database.end_unchanged():
+            inner.database = None
+            inner.dropped = False
 
     async def list(
         self,
@@ -646,6 +831,29 @@ class Storage(AlarmMethods):
                     found[name] = blob
         names = sorted(found, key=str.encode, reverse=reverse)
         return {name: decode(found[name]) for name in names[:limit]}
+
+    def _look_up(self, keys: Iterable[str]) -> dict[str, bytes | None]:
+        """The newest value of each key, as `_look` gives it, with as few questions to the disk as can be."""
+        room = self._room
+        turn = _turn.get()
+        own = turn.stored and turn.room is room
+        writes = (turn.writes if own else None) or {}
+        pending = {} if own and turn.cleared else room._pending
+        hidden = room._pending_cleared or (own and turn.cleared)
+        found: dict[str, bytes | None] = {}
+        asked = []
+        for key in keys:
+            check_key(key)
+            if key in writes:
+                found[key] = writes[key]
+            elif key in pending or hidden:
+                found[key] = pending.get(key)
+            elif key not in found:
+                found[key] = None
+                asked.append(key)
+        if asked:
+            found.update(room._host.read_many(room.key, asked))
+        return found
 
     def _look(self, key: str) -> bytes | None:
         """The newest value: of this turn, of an earlier turn on its way to disk, or from disk."""
@@ -891,8 +1099,16 @@ class Room:
         What is flushed is in effect, whatever becomes of the rest. In a turn it is a part that is done before
         the end: when the host dies between them, the message comes again, and its turn runs again from its
         beginning. While there is no gateway it waits for the next.
+
+        Raises:
+            RuntimeError: A `storage.transaction` of this turn is open.
+            SqlError: Background work whose statements are undone, see `storage.sql`.
         """
-        await self._host.flush(self._staging())
+        turn = self._staging()
+        turn.check()
+        if turn.inner is not None and turn.inner.depth:
+            raise RuntimeError("room.flush() inside of storage.transaction(): flush before it, or behind it")
+        await self._host.flush(turn)
 
     def set_auto_response(
         self, request: str | bytes, reply: str | bytes | None, *, prefix: bool = False
@@ -1007,6 +1223,8 @@ class Room:
         turn = _turn.get()
         if turn.room is self:
             turn.room = None
+            if turn.inner is not None and turn.inner.database is not None:
+                turn.inner.database.undo()
 
 
 def _matches(tags: tuple[str, ...], criteria: list[list[str]]) -> bool:

@@ -403,6 +403,21 @@ class Settings:
         scope="room",
         rules=("S7",),
     )
+    sql_timeout: float = _seconds(
+        2.0,
+        0.01,
+        60.0,
+        "How long one SQL statement may run before it is interrupted; all rooms of its host wait meanwhile.",
+        scope="room",
+        rules=("S28",),
+    )
+    room_database_bytes_max: int = _bytes(
+        GIB,
+        MIB,
+        1024 * GIB,
+        "Size that a room's own database may grow to by its SQL statements.",
+        rules=("S28",),
+    )
     turns_per_room_burst: int = _count(
         64, 1, 100_000, "Turns that a room gets in a row before the next room's.", rules=("S24",)
     )

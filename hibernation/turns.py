@@ -101,6 +101,8 @@ class Turns:
         self.failed = 0
         #: Told of what room code has raised, in the place of the log.
         self.on_failure: Callable[[str, Cell | None, BaseException, dict[str, Any]], None] | None = None
+        # Set by the host: turns of a room have ended that others of their connection may have waited for.
+        self.line_has_moved: Callable[[str], None] = lambda _: None
         # Set by the host: an event becomes a dead letter; the turn of a replayed one has ended, or failed.
         self.bury: Callable[[Cell, Event, Suspect], None]
         self.replayed: Callable[[Cell, Event, BaseException | None], None]
@@ -165,8 +167,11 @@ class Turns:
             self._finish(cell, turn, result)
             return
         turn.room = None  # nothing is added while it is held
-        for each in overlap.ended(event, (turn, result)):
+        due = overlap.ended(event, (turn, result))
+        for each in due:
             self._finish(cell, *each)
+        if due:
+            self.line_has_moved(cell.key)
 
     async def _connect(self, cell: Cell, room: Room, worker: Worker, event: Event, turn: Turn) -> None:
         _, _, slot, number, card, state, request = event

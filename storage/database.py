@@ -330,12 +330,15 @@ class DatabaseFile:
             raise
 
     @contextmanager
-    def transaction(self, size_bytes: int = 0, *, keep_reserve: bool = True) -> Iterator[sqlite3.Connection]:
+    def transaction(
+        self, size_bytes: int = 0, *, keep_reserve: bool = True, begun: bool = False
+    ) -> Iterator[sqlite3.Connection]:
         """BEGIN IMMEDIATE … COMMIT around the block; any error rolls back.
 
         Args:
             size_bytes: about how much it writes. It needs that much twice: in the log, and in the file.
             keep_reserve: leave `reserve_bytes` of the disk free.
+            begun: it has been begun on `writer`; for want of space it is left open.
 
         Raises:
             CommitRefused: nothing was written; it may be tried again.
@@ -349,7 +352,8 @@ class DatabaseFile:
                 self._require_space(2 * size_bytes)
             writer = self._writer
             try:
-                writer.execute("BEGIN IMMEDIATE")
+                if not begun:
+                    writer.execute("BEGIN IMMEDIATE")
                 yield writer
                 writer.execute("COMMIT")
             except BaseException as error:
@@ -364,6 +368,37 @@ class DatabaseFile:
         errors.
         """
         return self._reader
+
+    @property
+    def writer(self) -> sqlite3.Connection:
+        """The writing connection, for whoever builds a transaction in several steps; see `transaction`."""
+        return self._writer
+
+    @property
+    def failure(self) -> str | None:
+        """The error after which nothing more is written (D5)."""
+        return self._failure
+
+    def ask(self, sql: str, parameters: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """Run a query on the writing connection, on the thread that commits, and fetch all its rows."""
+        with self._turn:
+            try:
+                return self._writer.execute(sql, parameters).fetchall()
+            except sqlite3.Error as error:
+                raise translate(error, self.path) from error
+
+    def failed(self, error: sqlite3.Error) -> Exception:
+        """Give the error for one that SQLite raised on `writer`, outside of `transaction`; after an I/O error
+        nothing more is written (D5), and what is damaged is read as a whole before it is used again (D7).
+        """
+        translated = self._failed(error)
+        if isinstance(translated, DatabaseDamaged):
+            self.suspect(translated.reason)
+        return translated
+
+    def suspect(self, reason: str) -> None:
+        """After this process nothing of the file is used before all of it has been read (D7)."""
+        self._lock.mark(reason)
 
     def set_synchronous(self, synchronous: Synchronous) -> None:
         """Change what commits survive from now on; see `open_database`."""
@@ -400,26 +435,30 @@ class DatabaseFile:
         """Size of the write-ahead log. It stays near 4 MiB; more means that something holds a read open."""
         return _size(f"{self.path}-wal")
 
-    def close(self) -> None:
+    def close(self, *, keep_log: bool = False) -> None:
         """Close both connections, which checkpoints, and release the file. Idempotent.
+
+        Args:
+            keep_log: leave the log as it is, as if this process had been killed.
 
         After a failed write (D5) nothing more is written: file and lock stay with this process until it ends.
         """
         if self._failure is not None:
             _abandoned.append(self)
             return
-        # The reader goes first: the last connection to close carries the log over and deletes it.
-        self._reader.close()
-        self._writer.close()
+        # The last connection to close carries the log over and deletes it, unless it only reads.
+        connections = [self._writer, self._reader] if keep_log else [self._reader, self._writer]
+        for connection in connections:
+            connection.close()
         self._lock.release()
 
     def _require_space(self, needed_bytes: int) -> None:
-        if not self.reserve_bytes or self._free_bytes() >= self.reserve_bytes + needed_bytes:
+        if not self.reserve_bytes or self.free_bytes() >= self.reserve_bytes + needed_bytes:
             return
         # What the log holds is on the disk twice, or will be: this is what the reserve is for.
         if self.wal_bytes:
             self._carry_over()
-        free = self._free_bytes()
+        free = self.free_bytes()
         if free < self.reserve_bytes + needed_bytes:
             wanted = f" for {needed_bytes:,} more" if needed_bytes > free - self.reserve_bytes > 0 else ""
             raise CommitRefused(
@@ -429,7 +468,8 @@ class DatabaseFile:
                 "Free some space; it is tried again",
             )
 
-    def _free_bytes(self) -> int:
+    def free_bytes(self) -> int:
+        """What the disk has left for this user."""
         try:
             disk = os.statvfs(self.path.parent)
         except OSError as error:

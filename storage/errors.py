@@ -99,6 +99,27 @@ class ValueEncodingError(BrokerError):
         super().__init__(f"{where}: {reason}. {remedy}." if where else f"{reason}. {remedy}.")
 
 
+class SqlError(BrokerError):
+    """A statement given to `storage.sql` was not carried out; nothing of it is left.
+
+    Args:
+        statement: the statement, as it was given; "" where it is not about one.
+        reason: what is wrong, as a clause.
+        remedy: what to do instead, as a sentence without its full stop.
+        code: SQLite's name of the error, such as "SQLITE_CONSTRAINT_UNIQUE"; "" when it is not SQLite's.
+    """
+
+    def __init__(self, statement: str, reason: str, remedy: str, *, code: str = "") -> None:
+        self.statement = statement
+        self.reason = reason
+        self.remedy = remedy
+        self.code = code
+        shown = " ".join(statement.split())
+        shown = shown if len(shown) <= 120 else shown[:117] + "..."
+        shown = f" The statement: {shown}" if shown else ""
+        super().__init__(f"{reason}{f' ({code})' if code else ''}. {remedy}.{shown}")
+
+
 class CommitRefused(BrokerError):
     """A transaction did not happen and nothing of it is on disk: it may be tried again as it is.
 

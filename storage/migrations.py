@@ -1,4 +1,4 @@
-"""The schemas of both kinds of database, as append-only lists of steps.
+"""The schemas of all kinds of database, as append-only lists of steps.
 
 Owns every table definition. A step that has been released is never edited: a change is a new step at the end.
 The version of a file is the number of steps applied, kept in `PRAGMA user_version` (which SQLite stores in
@@ -214,7 +214,42 @@ def shard_4_alarms(database: "Database") -> None:
     )
 
 
+def shard_5_own_databases(database: "Database") -> None:
+    """Rooms whose storage lies in a database of their own, and no longer in `entries`."""
+    database.execute("CREATE TABLE own_databases (room TEXT PRIMARY KEY) STRICT, WITHOUT ROWID")
+
+
+def room_1_entries_and_outbox(database: "Database") -> None:
+    """What the shard keeps of other rooms, under names that leave all others to the room's code.
+
+    `_broker_facts` has one row: whose database this is ("" until something was committed), the newest
+    generation of the shard that has written, and the last changes of alarms, of which the shard is told next.
+    """
+    database.execute(
+        """
+        CREATE TABLE _broker_entries (
+            key TEXT PRIMARY KEY,
+            value BLOB NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """
+    )
+    database.execute("CREATE TABLE _broker_outbox (seq INTEGER PRIMARY KEY, items BLOB NOT NULL) STRICT")
+    database.execute(
+        """
+        CREATE TABLE _broker_facts (
+            room TEXT NOT NULL,
+            generation INTEGER NOT NULL,
+            alarms BLOB
+        ) STRICT
+        """
+    )
+    database.execute("INSERT INTO _broker_facts (room, generation) VALUES ('', 0)")
+
+
 REGISTRY = Schema(
     "registry", (registry_1_connections_and_tags, registry_2_addresses, registry_3_auto_responses)
 )
-SHARD = Schema("shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_4_alarms))
+SHARD = Schema(
+    "shard", (shard_1_entries, shard_2_outbox, shard_3_dead_letters, shard_4_alarms, shard_5_own_databases)
+)
+ROOM = Schema("room", (room_1_entries_and_outbox,))

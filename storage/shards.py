@@ -18,7 +18,7 @@ Invariants:
 
 import os
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,9 @@ Durability = Literal["full", "os"]
 Row = tuple[int, bytes]
 """One row of the outbox: its number, and what `hibernation.commits` has encoded."""
 
+Entries = list[tuple[str, bytes]]
+"""Keys and values, in the order of the keys."""
+
 KEY_BYTES_MAX = 2048
 """Largest key, in bytes of UTF-8 (S27)."""
 
@@ -62,6 +65,15 @@ _FORGET_ROWS = "DELETE FROM outbox WHERE seq <= ?"
 _ADD_ROW = "INSERT INTO outbox (seq, items) VALUES (?, ?)"
 _ROWS = "SELECT seq, items FROM outbox ORDER BY seq"
 _GET = "SELECT value FROM entries WHERE room = ? AND key = ?"
+_ADOPT = RowStatement("INSERT OR IGNORE INTO own_databases (room) VALUES", "(?)")
+_OWN_DATABASES = "SELECT room FROM own_databases"
+_ALL_OF_ROOM = "SELECT key, value FROM entries WHERE room = ?"
+_BYTES_OF_ROOM = "SELECT total(length(key) + length(value)) FROM entries WHERE room = ?"
+
+#: Keys that one query looks up.
+KEYS_PER_QUERY_MAX = 128
+#: Rows that are in memory at once while a room's entries are carried over.
+ROWS_AT_ONCE = 64
 
 
 class ShardBatch:
@@ -71,7 +83,16 @@ class ShardBatch:
     A batch belongs to the thread that fills it until it is handed to `Shard.commit`, and is not filled after.
     """
 
-    __slots__ = ("alarms", "blame", "bytes", "cleared", "crons", "rooms")
+    __slots__ = (
+        "adopted",
+        "alarms",
+        "blame",
+        "bytes",
+        "cleared",
+        "crons",
+        "drops_tables",
+        "rooms",
+    )
 
     def __init__(self) -> None:
         self.alarms: AlarmBatch | None = None
@@ -86,6 +107,10 @@ class ShardBatch:
         """Rooms whose stored entries and alarms all go, before what is in `rooms` and `alarms` is written."""
         self.bytes = 0
         """Bytes of keys and values taken by `put` and `delete`, also of what was replaced since."""
+        self.adopted: set[str] | None = None
+        """Rooms whose entries are all in a database of their own by now: here they go."""
+        self.drops_tables = False
+        """Of a room with a database of its own: whatever its code has created there goes too."""
 
     def put(self, room_key: str, key: str, value: bytes) -> None:
         """Set one entry.
@@ -118,6 +143,12 @@ class ShardBatch:
             self.alarms.clear(room_key)
         self.cleared.add(room_key)
 
+    def adopt(self, room_key: str) -> None:
+        """Note that a room has a database of its own, which holds all its entries: those here go."""
+        if self.adopted is None:
+            self.adopted = set()
+        self.adopted.add(room_key)
+
     @property
     def alarming(self) -> AlarmBatch:
         """The changes of alarms, to be added to."""
@@ -133,7 +164,7 @@ class ShardBatch:
         return self.blame
 
     def __bool__(self) -> bool:
-        return bool(self.rooms or self.cleared or self.alarms or self.blame or self.crons)
+        return bool(self.rooms or self.cleared or self.alarms or self.blame or self.crons or self.adopted)
 
 
 def key_bytes(key: str) -> int:
@@ -248,6 +279,10 @@ class Shard:
             if batch.cleared:
                 _CLEAR.run(writer, [(room,) for room in batch.cleared])
                 clear_alarms(writer, batch.cleared)
+            if batch.adopted:
+                adopted = [(room,) for room in batch.adopted]
+                _ADOPT.run(writer, adopted)
+                _CLEAR.run(writer, adopted)
             puts: list[tuple[str, str, bytes | bytearray]] = []
             # In order of rooms and keys, so that each page of the tree is visited once.
             for room in sorted(batch.rooms) if len(batch.rooms) > 1 else batch.rooms:
@@ -270,7 +305,8 @@ class Shard:
                 batch.blame.write(writer)
             if batch.crons:
                 write_crons(writer, batch.crons.values())
-        if self.durability == "os" and self._file.wal_bytes >= INLINE_WAL_BYTES_MAX:
+        if self.durability == "os" and (batch.adopted or self._file.wal_bytes >= INLINE_WAL_BYTES_MAX):
+            # Where the storage of a room lies must survive the loss of power: older storage would come back.
             self._file.checkpoint()
 
     def get(self, room_key: str, key: str) -> bytes | None:
@@ -283,12 +319,9 @@ class Shard:
 
     def get_many(self, room_key: str, keys: Iterable[str]) -> dict[str, bytes]:
         """Give the committed values of `keys`, in their order, without the missing ones."""
-        found: dict[str, bytes] = {}
-        for key in dict.fromkeys(keys):
-            value = self.get(room_key, key)
-            if value is not None:
-                found[key] = value
-        return found
+        return select_many(
+            self._file, "SELECT key, value FROM entries WHERE room = ? AND key IN (", (room_key,), keys
+        )
 
     def list(
         self,
@@ -299,7 +332,7 @@ class Shard:
         prefix: str | None = None,
         reverse: bool = False,
         limit: int | None = None,
-    ) -> list[tuple[str, bytes]]:
+    ) -> Entries:
         """Give a room's committed entries, in byte order of their keys.
 
         Args:
@@ -311,31 +344,49 @@ class Shard:
             reverse: from the last to the first.
             limit: at most so many; None for all.
         """
-        # The order of UTF-8 bytes is the order of code points, so bounds can be compared here as Python
-        # texts.
-        low = start or ""
-        if start_after is not None:
-            low = max(low, start_after + "\0")  # the least key greater than it
-        high = end
-        if prefix:
-            low = max(low, prefix)
-            after_prefix = _after_prefix(prefix)
-            if after_prefix is not None:
-                high = after_prefix if high is None else min(high, after_prefix)
-        sql = "SELECT key, value FROM entries WHERE room = ? AND key >= ?"
-        parameters: list[Any] = [room_key, low]
-        if high is not None:
-            sql += " AND key < ?"
-            parameters.append(high)
-        sql += f" ORDER BY key {'DESC' if reverse else 'ASC'} LIMIT ?"
-        parameters.append(-1 if limit is None else limit)
-        for bound in (low, high or ""):
-            _require_text(bound)
-        return self._file.read(sql, parameters)
+        return select_range(
+            self._file,
+            "SELECT key, value FROM entries WHERE room = ? AND",
+            (room_key,),
+            start=start,
+            start_after=start_after,
+            end=end,
+            prefix=prefix,
+            reverse=reverse,
+            limit=limit,
+        )
 
     def read(self, sql: str, parameters: Sequence[Any]) -> Any:
         """Give the rows of a question to the committed state; for the tables beside the entries."""
         return self._file.read(sql, parameters)
+
+    def own_databases(self) -> set[str]:
+        """Give the rooms that have a database of their own."""
+        return {room for (room,) in self._file.read(_OWN_DATABASES)}
+
+    def require_generation(self) -> None:
+        """Raise GenerationPassed if another host has opened the shard since. On the thread that commits."""
+        current = self._file.ask(_CHECK_GENERATION)[0][0]
+        if current != self.generation:
+            raise GenerationPassed(self.path, self.generation, current)
+
+    def bytes_of(self, room_key: str) -> int:
+        """Give the size of a room's committed entries. On the thread that commits."""
+        return int(self._file.ask(_BYTES_OF_ROOM, (room_key,))[0][0])
+
+    def all_of(self, room_key: str) -> Iterator[Entries]:
+        """Give a room's committed entries, a few at a time. On the thread that commits, which does nothing
+        else with the shard meanwhile.
+        """
+        try:
+            cursor = self._file.writer.execute(_ALL_OF_ROOM, (room_key,))
+            try:
+                while rows := cursor.fetchmany(ROWS_AT_ONCE):
+                    yield rows
+            finally:
+                cursor.close()
+        except sqlite3.Error as error:
+            raise translate(error, self.path) from error
 
     @property
     def checkpoint_due(self) -> bool:
@@ -365,6 +416,61 @@ class Shard:
 def shard_path(directory: str | os.PathLike[str], index: int) -> Path:
     """Where a shard lies in a data directory. Never named after anything that a client chose."""
     return Path(directory) / "shards" / f"{index:d}.db"
+
+
+def select_many(
+    file: DatabaseFile, before: str, leading: Sequence[Any], keys: Iterable[str]
+) -> dict[str, bytes]:
+    """Look up many keys: in as few queries as possible, in the order of `keys`, without the missing ones.
+
+    `before` is the query up to and with the opening bracket, `leading` are its parameters.
+    """
+    wanted = list(dict.fromkeys(keys))
+    found: dict[str, bytes] = {}
+    for first in range(0, len(wanted), KEYS_PER_QUERY_MAX):
+        some = wanted[first : first + KEYS_PER_QUERY_MAX]
+        # Few forms of the statement, so that each is compiled once: a power of two, filled up with the last.
+        some += some[-1:] * ((1 << (len(some) - 1).bit_length()) - len(some))
+        found.update(file.read(f"{before}{', '.join('?' * len(some))})", (*leading, *some)))
+    return {key: found[key] for key in wanted if key in found}
+
+
+def select_range(
+    file: DatabaseFile,
+    before: str,
+    leading: Sequence[Any],
+    *,
+    start: str | None,
+    start_after: str | None,
+    end: str | None,
+    prefix: str | None,
+    reverse: bool,
+    limit: int | None,
+) -> Entries:
+    """Give the rows between bounds, in byte order of their keys; see `Shard.list`.
+
+    `before` is the query up to its first condition on the key, `leading` are its parameters.
+    """
+    # The order of UTF-8 bytes is the order of code points, so bounds can be compared here as Python texts.
+    low = start or ""
+    if start_after is not None:
+        low = max(low, start_after + "\0")  # the least key greater than it
+    high = end
+    if prefix:
+        low = max(low, prefix)
+        after_prefix = _after_prefix(prefix)
+        if after_prefix is not None:
+            high = after_prefix if high is None else min(high, after_prefix)
+    sql = before + " key >= ?"
+    parameters: list[Any] = [*leading, low]
+    if high is not None:
+        sql += " AND key < ?"
+        parameters.append(high)
+    sql += f" ORDER BY key {'DESC' if reverse else 'ASC'} LIMIT ?"
+    parameters.append(-1 if limit is None else limit)
+    for bound in (low, high or ""):
+        _require_text(bound)
+    return file.read(sql, parameters)
 
 
 def _after_prefix(prefix: str) -> str | None:

@@ -315,6 +315,9 @@ class Machine:
             host._epoll.unregister(host._socket.fileno())
             host._socket.close()
             host._socket = None
+        host._alarms.close()  # who follows the time would still look once
+        host._crons.close()
+        host._databases.close()
         for shard in host._shards.values():
             shard.close()
         self._host_scope.cancel()

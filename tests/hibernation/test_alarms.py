@@ -36,6 +36,9 @@ CARD = wire.make_card("c1", "ws://h/party/r", b"")
 class House:
     """A host without a link and without processes."""
 
+    #: No room uses SQL.
+    own_databases: frozenset[str] = frozenset()
+
     def __init__(self, folder: Path, *classes: type[Server], **settings: Any) -> None:
         base = Settings(durability="os", **settings)
         self.kinds = {party.name: Kind(party, base) for party in make_parties(classes)}

@@ -56,6 +56,10 @@ class FakeWriter:
         self._finished.append((self.count, error))
 
 
+class _Backstage:
+    own_databases: frozenset[str] = frozenset()
+
+
 class Disk:
     """Commits with what is around them, and the rooms of one host."""
 
@@ -74,6 +78,7 @@ class Disk:
             self._released,
             self.paused.append,
         )
+        self.backstage = _Backstage()
         (party,) = make_parties([Main])
         self._kind = Kind(party, Settings())
 
@@ -98,7 +103,7 @@ class Disk:
 
     def cell(self, room: str) -> Cell:
         cell = Cell(f"main/{room}", self._kind)
-        cell.room = Room(None, cell.key, Settings(), {}, cell.connections, cell.pending)  # type: ignore[arg-type]
+        cell.room = Room(self.backstage, cell.key, Settings(), {}, cell.connections, cell.pending)  # type: ignore[arg-type]
         return cell
 
     def turn(self, cell: Cell, name: str, *, clear: bool = False, **writes: Any) -> None:

@@ -114,6 +114,8 @@ def decoded(data: bytes) -> list[Any]:
 class Host:
     """What `hibernation.host` does, step by step."""
 
+    own_databases: frozenset[str] = frozenset()
+
     def __init__(self, world: "World", incarnation: int, *, inline: bool) -> None:
         self.world = world
         self.incarnation = incarnation

@@ -33,6 +33,8 @@ class FakeHost:
         self.rows: list[list[Any]] = []
         self.asked: list[tuple[str, Any]] = []
         self.answered: dict[tuple[int, int], int] = {}
+        self.own_databases: set[str] = set()
+        self.questions = 0
 
     def read(self, key: str, name: str) -> bytes | None:
         return self.disk.get(name)
@@ -59,6 +61,16 @@ class FakeHost:
     @property
     def switchboard(self) -> Any:
         raise AssertionError("no other room is concerned")
+
+    def read_many(self, key: str, names: Any) -> dict[str, bytes]:
+        self.questions += 1
+        return {name: self.disk[name] for name in names if name in self.disk}
+
+    def open_database(self, key: str) -> None:
+        raise AssertionError("no room has one")
+
+    async def own_database(self, key: str, turn: Turn) -> Any:
+        raise AssertionError("no room has one")
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         self.asked.append((what, argument))
@@ -931,3 +943,32 @@ def test_a_room_knows_its_names(stage):
     """An id may hold a slash."""
     room = Room(stage.host, "chat/a/b", Settings(), {"A": "b"}, {}, {})
     assert (room.id, room.party, room.name, room.env) == ("a/b", "chat", "chat", {"A": "b"})
+
+
+def test_many_keys_are_one_question_to_the_disk():
+    """S27: those that this turn or an earlier one has written are none."""
+    stage = Stage()
+    stage.host.disk = {f"k{number}": encode(number) for number in range(300)}
+    stage.pending.update(k1=encode("pending"), k2=None)
+    stage.begin()
+    storage = stage.room.storage
+    storage.put("k0", "own")
+    names = [f"k{number}" for number in range(300)]
+
+    async def look() -> None:
+        found = await storage.get([*names, "none", "k0"])
+        assert list(found.items())[:3] == [("k0", "own"), ("k1", "pending"), ("k3", 3)]
+        assert len(found) == 299
+        assert stage.host.questions == 1
+        assert await storage.delete([*names, "none", "k0"]) == 299
+        assert await storage.get(names) == {}
+        assert stage.host.questions == 2
+
+    trio.run(look)
+    wrong: Any = [1]
+
+    async def look_for_a_number() -> None:
+        with pytest.raises(TypeError, match="a storage key is a str"):
+            await storage.get(wrong)
+
+    trio.run(look_for_a_number)

@@ -25,6 +25,8 @@ DEFAULTS = {
     "ping_timeout_seconds": 20,
     "turn_timeout": 30,  # S20
     "turn_bytes_max": 16 * MIB,
+    "sql_timeout": 2,  # S28
+    "room_database_bytes_max": 1024 * MIB,
     "durability": "full",  # S21
     "connection_inflight_bytes_max": 64 * KIB,  # S24
     "room_inflight_events_max": 256,

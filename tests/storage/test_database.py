@@ -465,10 +465,10 @@ def test_below_the_reserve_the_log_is_carried_over_before_anything_is_refused(tm
     file = file_of(tmp_path / "a.db", reserve_bytes=1 << 20)
     put(file, "a", b"x" * 100_000)
     assert file.wal_bytes > 100_000
-    monkeypatch.setattr(file, "_free_bytes", lambda: (1 << 20) - (1 if file.wal_bytes else 0))
+    monkeypatch.setattr(file, "free_bytes", lambda: (1 << 20) - (1 if file.wal_bytes else 0))
     put(file, "b")
     assert keys(file) == ["a", "b"]
-    monkeypatch.setattr(file, "_free_bytes", lambda: (1 << 20) - 1)
+    monkeypatch.setattr(file, "free_bytes", lambda: (1 << 20) - 1)
     with pytest.raises(CommitRefused, match="above the reserve"):
         put(file, "c")
     assert file.wal_bytes == 0

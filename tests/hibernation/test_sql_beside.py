@@ -1,0 +1,257 @@
+"""SQL where turns of a room overlap, or run beside background work (S7, S19, S28): a host in the kit."""
+
+from typing import Any
+
+import pytest
+import trio
+
+from broker import Server, SqlError
+from broker.testing import AsyncKit, virtual
+
+CREATE = "CREATE TABLE IF NOT EXISTS t (name TEXT)"
+INSERT = "INSERT INTO t VALUES (?)"
+COUNT = "SELECT count(*) AS n FROM t"
+
+
+class Rows(Server):
+    """Notes each message in a table; background work notes more there."""
+
+    def on_start(self) -> None:
+        self.go_on = trio.Event()
+
+    async def count(self) -> Any:
+        return (await self.room.storage.sql(COUNT))[0]["n"]
+
+    async def on_message(self, message: str, sender: Any) -> None:
+        storage, what = self.room.storage, message.partition(" ")[0]
+        if what == "work":
+            await storage.sql(CREATE)
+            self.room.start_soon(self.work, 5)
+        elif what == "ask":
+            self.room.start_soon(self.ask)
+        elif what == "hold":
+            self.room.start_soon(self.hold)
+        elif what == "create":
+            await storage.sql(CREATE)
+        elif what == "go":
+            self.go_on.set()
+        elif what == "wait":
+            await self.go_on.wait()
+            await storage.sql(INSERT, message)
+            sender.send(f"waited, {await self.count()}")
+        elif what == "note":
+            await storage.sql(INSERT, message)
+            sender.send(f"noted, {await self.count()}")
+        elif what == "put":
+            storage.put("key", message)
+            sender.send(message)
+        elif what == "flush":
+            async with storage.transaction():
+                with pytest.raises(RuntimeError, match=r"room\.flush\(\) inside of storage\.transaction"):
+                    await self.room.flush()
+            await storage.sql(INSERT, "flushed")
+            await self.room.flush()
+            await storage.sql(INSERT, "lost")
+            raise ValueError(message)
+        else:
+            sender.send(f"{await self.count()} {await storage.get('key')}")
+
+    async def work(self, times: int) -> None:
+        for number in range(times):
+            await self.room.storage.sql(INSERT, f"work {number}")
+            await trio.sleep(0.01)  # other turns want the database now
+            before = await self.count()
+            await self.room.storage.sql(INSERT, f"more work {number}")
+            assert await self.count() == before + 1
+            self.room.broadcast(f"work {number}")
+            await self.room.flush()
+            await trio.sleep(0.01)
+        self.room.broadcast("work ends")
+
+    async def ask(self) -> None:
+        for _ in range(3):
+            count = await self.count()
+            async with self.room.storage.transaction():
+                assert await self.count() == count
+            await self.go_on.wait()
+        self.room.broadcast(f"asked, {await self.count()}")
+
+    async def hold(self) -> None:
+        await self.room.storage.sql(CREATE)
+        await self.room.storage.sql(INSERT, "held")
+        await trio.sleep(1)
+        self.room.broadcast(f"held, {await self.count()}")
+
+
+class Waking(Server):
+    """Its alarm notes itself in a table, tells everybody, and sets the next one."""
+
+    async def on_message(self, message: str, sender: Any) -> None:
+        await self.room.storage.sql(CREATE)
+        self.room.storage.set_alarm(1)
+
+    async def on_alarm(self, alarm: Any) -> None:
+        await self.room.storage.sql(INSERT, alarm.name)
+        rows: Any = await self.room.storage.sql(COUNT)
+        self.room.broadcast(f"alarm {rows[0]['n']}")
+        try:
+            async with self.room.storage.transaction():
+                self.room.storage.set_alarm(0, "undone")
+                raise KeyError
+        except KeyError:
+            self.room.storage.set_alarm(1)
+
+
+class Overlapping(Rows):
+    hibernate = False
+    concurrency = "per_connection"
+
+
+class Interleaving(Rows):
+    hibernate = False
+    concurrency = "interleave"
+
+
+async def until(kit: AsyncKit, client: Any, message: str) -> list[Any]:
+    """Take messages up to this one."""
+    await kit.wait(lambda: message in client.received, 30)
+    assert message in client.received, list(client.received)
+    came = [client.received.popleft()]
+    while came[-1] != message:
+        came.append(client.received.popleft())
+    return came
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_background_work_and_turns_take_turns_with_the_database(kind: type[Server]) -> None:
+    """S7, S28: each flush is one commit, and lets go of the database; nothing of anybody gets lost."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("work")
+            for number in range(10):
+                anna.send(f"note a{number}")
+                bert.send(f"note b{number}")
+                bert.send(f"put {number}")
+            came = await until(kit, anna, "work ends")
+            await kit.settle()
+            came += anna.received
+            assert [text for text in came if text.startswith("work")] == [
+                *[f"work {number}" for number in range(5)],
+                "work ends",
+            ]
+            noted = [text for text in [*came, *map(str, bert.received)] if text.startswith("noted")]
+            counts = [int(text.partition(", ")[2]) for text in noted]
+            assert (len(set(counts)), max(counts) <= 30) == (20, True)
+            anna.received.clear()
+            anna.send("how many")
+            await anna.expect("30 put 9")
+
+    main()
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_what_a_turn_has_flushed_stays_when_it_fails(kind: type[Server]) -> None:
+    """S20, S28: and a flush inside of a transaction is refused."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna = await kit.connect("r", id="anna")
+            anna.send("work")
+            await until(kit, anna, "work ends")
+            with kit.expect_error(ValueError):
+                anna.send("flush")
+                anna.send("how many")
+                await anna.expect("11 None")
+
+    main()
+
+
+def test_background_work_that_only_asks_keeps_nobody_from_the_database() -> None:
+    """S28: it may go on for ever."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Overlapping) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("ask")
+            await kit.settle()
+            bert.send("note this")
+            bert.send("put that")
+            await bert.expect("noted, 1", "put that")
+            anna.send("go")
+            await anna.expect("asked, 1")
+
+    main()
+
+
+@pytest.mark.parametrize("at", [None, "before_commit", "after_commit"])
+def test_an_alarm_with_statements_runs_once_whenever_its_host_dies(at: str | None) -> None:
+    """S22, S29: the alarm is in the shard, its statements and effects in the room's own database."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Waking) as kit:
+            anna = await kit.connect("r", id="anna", party="waking")
+            anna.send("begin")
+            await anna.expect("alarm 1")
+            await kit.crash_host(at)
+            for number in range(2, 6):
+                await anna.expect(f"alarm {number}")
+            assert not anna.received
+
+    main()
+
+
+def test_a_message_with_statements_waits_for_the_earlier_ones_of_its_connection() -> None:
+    """S19, T3: it could not end before these do, and would keep the database from them for ever."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Interleaving) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("work")
+            await until(kit, anna, "work ends")
+            await until(kit, bert, "work ends")
+            anna.send("wait here")
+            anna.send("note this")
+            await kit.settle()
+            bert.send("note beside")
+            await bert.expect("noted, 11")
+            assert not anna.received
+            bert.send("go")
+            await anna.expect("waited, 12", "noted, 13")
+
+    main()
+
+
+@pytest.mark.parametrize("beside", ["nothing", "put 1"])
+def test_a_gateway_dies_while_background_work_has_the_database(beside: str) -> None:
+    """S7, S22: the work goes on; unless the next gateway has to be told what waits for it."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Overlapping) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("hold")
+            await kit.advance(0.1)
+            if beside == "nothing":
+                await kit.crash_gateway()
+                await bert.expect("held, 1")
+                return
+            bert.send(beside)
+            await kit.settle()
+            assert not bert.received
+            with kit.expect_error(SqlError, match="the gateway has gone"):
+                await kit.crash_gateway()
+                await bert.expect(beside)
+                await kit.advance(2)
+            bert.send("how many")
+            await bert.expect("0 put 1")
+
+    main()
