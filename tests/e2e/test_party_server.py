@@ -512,7 +512,7 @@ def test_broadcasts_leave_out_whom_they_are_told_to(site, room):
     end = json.dumps({"end": LETTERS}, ensure_ascii=False, separators=(",", ":"))
 
     def until_end(client: RawClient) -> list[str]:
-        found = []
+        found: list[str] = []
         while not found or json.loads(end) != _json(found[-1]):
             found.append(str(client.receive()))
         return found[:-1]
