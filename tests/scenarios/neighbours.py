@@ -150,3 +150,30 @@ def scenario_bounds_of_bodies_between_rooms(stage: Stage):  # S30
     anna = stage.connect(Asking, "anna")
     anna.send("size 1999", "size 2000", "size 2001")
     anna.expect(200, 200, "too large")
+
+
+class Announced(Server):
+    """Its before-hook asks a room whether somebody may come in, and tells those who are there."""
+
+    @staticmethod
+    async def on_before_connect(request, lobby):
+        answer = await lobby.parties["asked"].get(lobby.id).fetch("/write/seen")
+        lobby.parties[lobby.party].get(lobby.id).broadcast(f"{answer.status_code}: somebody comes")
+        answer = await lobby.parties["announcer"].get(lobby.id).fetch()
+        request.headers["X-Asked"] = await answer.get_data(as_text=True)
+
+    def on_connect(self, connection, ctx):
+        connection.send(ctx.request.headers["X-Asked"])
+
+
+class Announcer(Server):
+    def on_request(self, request):
+        return f"{request.caller} asks"
+
+
+def scenario_a_before_hook_asks_rooms_and_is_none(stage: Stage):  # S30
+    anna = stage.connect(Announced, "anna")
+    anna.expect("announced/ asks")
+    bob = stage.connect(Announced, "bob")
+    bob.expect("announced/ asks")
+    anna.expect("201: somebody comes")
