@@ -195,8 +195,11 @@ APP = """
     # --- Time
 
     class Cold(Server):
-        def on_start(self):
-            self.started = True
+        def __init__(self, room):
+            self.names = [room.id, self.room.id]
+
+        async def on_start(self):
+            self.names.append(self.room.id)
 
         async def on_request(self, request):
             if request.method == "POST":
@@ -205,7 +208,7 @@ APP = """
 
         async def on_alarm(self, alarm):
             answer = await self.room.parties["uncrossed"].get("any").fetch(method="PUT")
-            told = [self.started, self.room.id, alarm.payload, await answer.get_data(as_text=True)]
+            told = [*self.names, self.room.id, alarm.payload, await answer.get_data(as_text=True)]
             self.room.storage.put("rung", told)
             self.room.broadcast(told)
 
@@ -383,10 +386,12 @@ def test_a_socket_is_open_before_on_connect_has_ended(site, room):
 
 
 def test_an_alarm_starts_a_cold_room_that_knows_itself(site, room):
-    """S29, S30: its object is gone; `on_start` runs before it, and its id and other parties are there."""
+    """S29, S30: its object is gone, so it is made and started before; its id is there from the first line on,
+    and other parties are.
+    """
     watcher = site.connect("cold", room)  # has no hook for it, so it wakes nobody
     site.request("POST", "cold", room, json={"für": LETTERS})
-    wanted = [True, room, {"für": LETTERS}, "PUT"]
+    wanted = [room, room, room, room, {"für": LETTERS}, "PUT"]
     assert told(watcher) == wanted
     site.evicted("cold", room)
     assert site.request("GET", "cold", room).json() == wanted
