@@ -259,7 +259,8 @@ class Exchanges:
 
     def lobby(self, kind: Kind, room: str | None) -> Lobby:
         """What a static hook of this party is told."""
-        parties = Parties(self._board, f"{kind.name}/{room or ''}", kind.settings, self._send_now, _no_turn)
+        # No room asks: one of this name may be in a turn, to which what the hook fetches does not belong.
+        parties = Parties(self._board, f"{kind.name}/", kind.settings, self._send_now, _no_turn)
         return Lobby(room, kind.name, self._env, parties, self._serve)
 
     async def _static(

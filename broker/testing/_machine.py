@@ -165,6 +165,7 @@ class Machine:
             try:
                 with self._gateway_scope:
                     async with trio.open_nursery() as nursery:
+                        await nursery.start(gateway.calls.run)
                         nursery.start_soon(gateway.hub.run)
                         await nursery.start(gateway.http.run)
                         task_status.started()
