@@ -66,5 +66,5 @@ def test_limits_are_those_of_the_settings() -> None:
     for name, value in shown:
         number, _, unit = defaults[name].partition(" ")
         assert value == f"{number} {short.get(unit, unit)}".strip(), name
-    for value, name in re.findall(r"\| ([\d,]+(?: KiB)?) \(`(\w+)`\)", text):
+    for value, name in re.findall(r"\| ([\d,]+(?: [KMG]iB)?) \(`(\w+)`\)", text):
         assert defaults[name] == value, name

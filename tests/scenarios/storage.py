@@ -1,8 +1,8 @@
-"""What a room keeps: keys and values, all or nothing with its turn (S27)."""
+"""What a room keeps: keys, values and tables, all or nothing with its turn (S27, S28)."""
 
 from datetime import UTC, date, datetime
 
-from broker import Server, StorageLimitError
+from broker import Server, SqlError, StorageLimitError
 from tests.scenarios.driver import Stage
 
 VALUES = {
@@ -119,3 +119,70 @@ def scenario_bounds_of_keys_and_values(stage: Stage):  # S27
     ):
         anna.send(message)
         anna.expect(answer)
+
+
+class Tables(Server):
+    """Points in a table of its own, beside a key that counts them."""
+
+    async def on_message(self, message, sender):
+        verb, _, rest = message.partition(" ")
+        storage = self.room.storage
+        await storage.sql("CREATE TABLE IF NOT EXISTS points (name TEXT PRIMARY KEY, best INTEGER)")
+        if verb == "add":
+            name, points = rest.split()
+            await storage.sql(
+                "INSERT INTO points VALUES (?1, ?2) ON CONFLICT DO UPDATE SET best = max(best, ?2)",
+                name,
+                int(points),
+            )
+            storage.put("added", 1 + await storage.get("added", 0))
+        elif verb == "fail":
+            await storage.sql("DELETE FROM points")
+            storage.put("added", -1)
+            raise ValueError("undone")
+        elif verb == "inner":
+            try:
+                async with storage.transaction():
+                    await storage.sql("DELETE FROM points")
+                    storage.put("added", -1)
+                    async with storage.transaction():
+                        storage.put("inner", True)
+                    raise KeyError("only this")
+            except KeyError:
+                storage.put("caught", True)
+        elif verb == "wrong":
+            try:
+                await storage.sql(rest)
+            except SqlError:
+                sender.send("refused")
+        rows = await storage.sql("SELECT name, best FROM points ORDER BY best DESC")
+        sender.send([rows, await storage.list()])
+
+
+def scenario_a_room_has_tables_of_its_own(stage: Stage):  # S28
+    anna = stage.connect(Tables, "anna")
+    anna.send("add ä 5", "add b 7", "add ä 6")
+    rows = [{"name": "b", "best": 7}, {"name": "ä", "best": 6}]
+    anna.expect([[{"name": "ä", "best": 5}], {"added": 1}])
+    anna.expect([[{"name": "b", "best": 7}, {"name": "ä", "best": 5}], {"added": 2}])
+    anna.expect([rows, {"added": 3}])
+    stage.asleep(Tables)
+    other = stage.connect(Tables, "anna+2", room="other")
+    other.send("look")
+    other.expect([[], {}])
+    anna.send("look")
+    anna.expect([rows, {"added": 3}])
+
+
+def scenario_statements_are_undone_with_their_turn_or_their_transaction(stage: Stage):  # S20, S28
+    anna = stage.connect(Tables, "anna")
+    anna.send("add a 1")
+    anna.expect([[{"name": "a", "best": 1}], {"added": 1}])
+    with stage.errors(ValueError):
+        anna.send("fail", "look")
+        anna.expect([[{"name": "a", "best": 1}], {"added": 1}])
+    anna.send("inner")
+    anna.expect([[{"name": "a", "best": 1}], {"added": 1, "caught": True}])
+    for statement in ("SELECT nonsense", "COMMIT", "ATTACH 'x' AS y", "SELECT 1; SELECT 2"):
+        anna.send(f"wrong {statement}")
+        anna.expect("refused", [[{"name": "a", "best": 1}], {"added": 1, "caught": True}])
