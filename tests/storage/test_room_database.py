@@ -145,7 +145,7 @@ def test_what_is_not_for_rooms_is_refused_and_leaves_what_was(
         ([1, 2], "one after another"),
         ((1, 2), "one after another"),
         ({"a": 1}, "json.dumps"),
-        (object(), "None, int, float, str or bytes"),
+        (NotImplemented, "None, int, float, str or bytes"),
     ],
     ids=repr,
 )
