@@ -6,6 +6,7 @@ data directory but for the socket in it. Its peer is `hibernation.keeper`, in th
 `hibernation.keeper_messages`.
 """
 
+import contextlib
 import errno
 import os
 import resource
@@ -249,6 +250,8 @@ class KeeperClient:
                     return False
                 if error.errno != errno.EBADF or self._socket.fileno() < 0:
                     self._give_up()
+                    with contextlib.suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)  # so that `receive` says that it is over
                     return True
                 _leave_out_closed(message)
                 raise

@@ -97,7 +97,11 @@ class Mounted:
             if self._lifespan is None:
                 lifespan = _Lifespan(self._app)
                 self._spawn_for_life(lifespan.run)
-                await lifespan.started()
+                try:
+                    await lifespan.started()
+                except BaseException:
+                    lifespan.cancel()
+                    raise
                 self._lifespan = lifespan
         talk = _Talk(self._app, request, lobby)
         self._spawn(talk.run)
@@ -143,6 +147,10 @@ class _Lifespan:
             await self._start.wait()
         if self._failure:
             raise RuntimeError(f"the app did not start: {self._failure}")
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; whoever comes next begins anew."""
+        self._scope.cancel()
 
     async def end(self) -> None:
         self._ends.set()

@@ -575,6 +575,20 @@ class Inbox:
             return
         if file is None:
             return
+        try:
+            self._read_on(slot, file, room)
+        except (OSError, Violation) as error:
+            log.error("a large message is lost: its spill file cannot be read", error=str(error))
+            code = error.code if isinstance(error, Violation) else 1011
+            self.later(0.0, self._spoilt, slot, table.number[slot], code)
+
+    def _spoilt(self, slot: int, number: int, code: int) -> None:
+        if self._connections.holds(slot, number):
+            self.on_violation(slot, code, "")
+
+    def _read_on(self, slot: int, file: SpillFile, room: RoomRecord) -> None:
+        """Go on with what a spill file holds."""
+        table = self._connections
         size = table.consumed[slot] - file.start
         if not 0 < size <= file.size:
             file.delete()  # nothing of it had been taken out of the kernel, or its message is acknowledged
