@@ -131,7 +131,8 @@ class Instance:
             if here in line:
                 fields = line.split()
                 # Of established ones, those that nobody has accepted yet have no number.
-                if f"{fields[1]} ".endswith(here) and fields[3] == "01" and fields[9] != "0":
+                # 08: the client has ended its side, and what it had sent may still have to be handled.
+                if f"{fields[1]} ".endswith(here) and fields[3] in ("01", "08") and fields[9] != "0":
                     found.add(f"socket:[{fields[9]}]")
         return found
 
