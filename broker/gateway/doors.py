@@ -348,7 +348,7 @@ class Doors:
         """Somebody in the room has this id already (S10)."""
         policy = party.settings.duplicate_ids
         phase = self._connections.phase[other]
-        if phase in (ENDING, CLOSING):
+        if phase in (ENDING, CLOSING) or self._lifecycle.has_ended(other):
             self._connections.unindex(other)  # on its way out: the id is free
             self._vacant(slot)
         elif policy == "refuse" or phase < CONNECTING:

@@ -30,6 +30,7 @@ from broker.gateway.outbox import Sender
 from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation import wire
 from hibernation.logs import get_logger
+from storage.errors import BrokerError
 
 #: Rows of one answer to `get_connections`; the slots and numbers of the others go along, to be asked for.
 PAGE_ROWS: Final = 256
@@ -211,10 +212,14 @@ class Effects:
                 self._forward.respond(effect[1], effect[2], effect[3], effect[4])
             elif kind == wire.AUTO:
                 _, key, request, reply, prefix, most = effect
-                rules = self._rules.change(
-                    self._rooms.by_key.get(key), key, request, reply, prefix=prefix, most=most
-                )
-                self._lifecycle.keep_rules(key, rules)
+                try:
+                    rules = self._rules.change(
+                        self._rooms.by_key.get(key), key, request, reply, prefix=prefix, most=most
+                    )
+                except BrokerError as error:  # the rest of the turn is committed, too
+                    log.error("an automatic response cannot be set", room=key, error=str(error))
+                else:
+                    self._lifecycle.keep_rules(key, rules)
             elif table.holds(effect[1], effect[2]):
                 self._change(kind, effect)
 
@@ -346,7 +351,7 @@ class Effects:
             return {"find": None, "list": [[], b""], "count": 0}[what]
         if what == "find":
             slot = table.find(room, argument)
-            if slot is None or not CONNECTING <= table.phase[slot] < CLOSING:
+            if slot is None or not (CONNECTING <= table.phase[slot] < CLOSING and rooms.is_linked(slot)):
                 return None
             return rooms.row(slot, self._inbox.states.get(slot))
         if what == "count":
@@ -362,6 +367,8 @@ class Effects:
         rows = [
             self._rooms.row(slot, self._inbox.states.get(slot))
             for slot, number in _PAIR.iter_unpack(rest[:cut])
-            if table.number[slot] == number and CONNECTING <= table.phase[slot] < CLOSING
+            if table.number[slot] == number
+            and CONNECTING <= table.phase[slot] < CLOSING
+            and self._rooms.is_linked(slot)
         ]
         return [rows, rest[cut:]]

@@ -456,7 +456,7 @@ class Lifecycle:
             ending = Ending(code, reason, False, cause, answered=True)
             self._say_close(slot, ending, ENDING)
             self._end(slot, ending)
-        else:
+        elif not (phase == OPEN and self._connections.flags[slot] & DEFERRED):  # else there are messages
             self._end(slot, self._endings[slot])
 
     def gone(self, slot: int) -> None:
@@ -469,12 +469,13 @@ class Lifecycle:
     def _lost(self, slot: int, cause: str) -> None:
         """From here on nothing is sent to the connection (F4)."""
         table = self._connections
-        ending = Ending(1006, "", False, cause, answered=True)
+        ending = self._endings.get(slot) or Ending(1006, "", False, cause)
+        ending.answered = True
         self._ledger.add(ENDING_RECORD, slot, table.number[slot], ENDING, ending.encode())
         self._ledger.commit()
         if table.phase[slot] == OPEN and table.flags[slot] & DEFERRED:
             # What it had sent before, and what waits for its room, is no less a message (S22).
-            self._endings.setdefault(slot, ending)
+            self._endings[slot] = ending
             self._rooms.unlink(slot)
             self.reopened = True
         else:
@@ -518,7 +519,7 @@ class Lifecycle:
     def close(self, slot: int, code: int, reason: str, cause: str) -> None:
         """Close from our side: send Close, wait for the peer's, for close_timeout_seconds at most."""
         table = self._connections
-        if table.phase[slot] not in (OPEN, CONNECTING):
+        if table.phase[slot] not in (OPEN, CONNECTING) or self.has_ended(slot):
             return
         table.set_phase(slot, CLOSING)
         self._rooms.unlink(slot)
@@ -761,20 +762,29 @@ class Lifecycle:
             room = table.room[slot]
             if room is None or room.shard not in shards:
                 continue
-            phase = table.phase[slot]
-            if phase == CONNECTING or (slot in self._newcomers and phase in (ENDING, CLOSING)):
-                if room.party.wants_connect:
-                    self._ask_connect(slot, room)
-                else:  # the code before this one had the hook
-                    self._introduced(slot, failed=False)
-            elif phase == OPEN:
-                self._inbox.look_again(slot)
-                self._end_again(slot)
-            elif phase == CLOSED:
-                if room.party.wants_close:
-                    self._ask_close(slot, room, self._endings[slot])
-                else:
-                    self.closed(slot, table.number[slot])
+            try:
+                self._host_came(slot, room)
+            except Exception:
+                # A fault of ours costs this one connection, not the others (S40).
+                log.exception("a connection could not be served", number=table.number[slot])
+                self.violated(slot, 1011, "")
+
+    def _host_came(self, slot: int, room: RoomRecord) -> None:
+        table = self._connections
+        phase = table.phase[slot]
+        if phase == CONNECTING or (slot in self._newcomers and phase in (ENDING, CLOSING)):
+            if room.party.wants_connect:
+                self._ask_connect(slot, room)
+            else:  # the code before this one had the hook
+                self._introduced(slot, failed=False)
+        elif phase == OPEN:
+            self._inbox.look_again(slot)
+            self._end_again(slot)
+        elif phase == CLOSED:
+            if room.party.wants_close:
+                self._ask_close(slot, room, self._endings[slot])
+            else:
+                self.closed(slot, table.number[slot])
 
     # --- Liveness ---------------------------------------------------------------------------------
 
@@ -863,6 +873,8 @@ class Lifecycle:
         table = self._connections
         if table.phase[slot] in (OPEN, CONNECTING):
             table.unindex(slot)
+            if self.has_ended(slot):
+                return
             ending = Ending(4409, "replaced", False, "replaced", answered=True)
             self._say_close(slot, ending, ENDING)
             self._end(slot, ending)

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 from cbor2 import loads
 
+from broker.gateway.connections import CLOSED
 from broker.gateway.ledger import (
     ANSWER_HEAD,
     ANSWERED,
@@ -199,6 +200,11 @@ class Remains:
                 for later in kept[index:]:
                     later.position -= len(each.frame)
                 return
+
+    def has_closed(self, number: int) -> bool:
+        """Whether this connection's socket was about to be closed, if it was not."""
+        found = self.endings.get(number)
+        return found is not None and found[0] == CLOSED
 
     def pending(self, number: int, written: int) -> tuple[list[tuple[int, bytes]], int, bool]:
         """What waits for a connection whose kernel has taken `written` bytes.

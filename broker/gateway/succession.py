@@ -54,6 +54,7 @@ class Succession:
         self._remains = remains
         self._room_of = room_of
         self._rested = False
+        self._cut_off = 0
 
     def take_over(self, rows: list[Row], sockets: dict[int, socket.socket]) -> list[Row]:
         """Do all of it.
@@ -78,6 +79,8 @@ class Succession:
             number = ledger.number[slot]
             if number:
                 self._slot(slot, by_number.pop(number, None), sockets, effect)
+        if self._cut_off:
+            log.error("the sockets of connections were in no other process", connections=self._cut_off)
         for slot in list(sockets):
             self._end(slot, sockets)
         self._inbox.forget_spills()
@@ -110,7 +113,8 @@ class Succession:
             sock = None
         if row is None:
             self._connections.abandon(slot)
-        elif sock is None or ledger.phase[slot] & PHASE == CLOSED:
+        elif sock is None or ledger.phase[slot] & PHASE == CLOSED or self._remains.has_closed(row.number):
+            self._cut_off += sock is None and ledger.phase[slot] & PHASE != CLOSED
             self._lifecycle.survived(row, self._room_of(row), self._remains, slot)
         else:
             del sockets[slot]

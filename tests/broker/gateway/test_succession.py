@@ -871,6 +871,65 @@ def test_nothing_is_sent_behind_a_gap(tmp_path: Path, dies: str) -> None:
         world.end()
 
 
+@pytest.mark.parametrize("what", ["close", "replace", "violated"])
+def test_what_has_ended_is_not_ended_again(tmp_path: Path, what: str) -> None:
+    """S10, S14, S22: a Close was answered in time, and a host died: its messages are still to be handled."""
+    world = World(tmp_path)
+    try:
+        world.connect()
+        world.turns([])
+        world.message(1, 20)
+        world.leave(1, "close")
+        gateway, slot = world.gateway, world.slots[1]
+        gateway.lifecycle._close_timeout(slot, 1)
+        assert gateway.host is not None
+        gateway.lifecycle.host_gone(gateway.host)
+        gateway.links.by_shard[0] = None
+        if what == "close":
+            gateway.lifecycle.close(slot, 4000, "", "server_close")
+        elif what == "replace":
+            gateway.lifecycle.replace(slot)
+        else:
+            gateway.lifecycle.violated(slot, 1002, "")
+        world.relink()
+        [message] = gateway.host.events
+        assert message[0] == wire.MESSAGE
+        world.turns([])
+        [ended] = gateway.host.events
+        assert (ended[0], ended[6], ended[9]) == (wire.CLOSE, 1000, "client_close")
+        world.flow()
+        world.check()
+    finally:
+        world.end()
+
+
+def test_a_connection_that_cannot_be_served_holds_up_no_other(tmp_path: Path, monkeypatch: Any) -> None:
+    """S40: when a host comes all others are looked at."""
+    world = World(tmp_path)
+    try:
+        for _ in range(3):
+            world.connect()
+        world.turns([])
+        gateway, bad = world.gateway, world.slots[2]
+        assert gateway.host is not None
+        gateway.lifecycle.host_gone(gateway.host)
+        gateway.links.by_shard[0] = None
+        for number in (1, 2, 3):
+            world.message(number, 20)
+        usual = Inbox.look_again
+
+        def look_again(inbox: Inbox, slot: int) -> None:
+            if slot == bad:
+                raise RuntimeError("a fault of ours")
+            usual(inbox, slot)
+
+        monkeypatch.setattr(Inbox, "look_again", look_again)
+        world.relink()
+        assert {event[3] for event in gateway.host.events if event[0] == wire.MESSAGE} == {1, 3}
+    finally:
+        world.end()
+
+
 def test_a_message_outlives_its_client_and_the_wait_for_a_host(tmp_path: Path) -> None:
     """S15, S22: a client that does not answer pings any more is dead, and what it has sent before is not."""
     world = World(tmp_path)
