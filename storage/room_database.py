@@ -497,7 +497,7 @@ class RoomDatabase:
     def _run(
         self, statement: str, values: tuple[Value, ...], bytes_max: int, seconds: float
     ) -> "tuple[list[str], list[tuple[Value, ...]]]":
-        self._guard.begin(seconds)
+        self._guard.begin(statement, seconds)
         try:
             cursor = self._file.writer.execute(statement + _THEIRS, values)
             if cursor.description is None:
@@ -591,6 +591,14 @@ class RoomDatabase:
     def _drop_tables(self) -> None:
         writer = self._file.writer
         writer.execute("PRAGMA defer_foreign_keys = on").fetchall()
+        try:
+            self._drop_in_order(writer)
+        finally:
+            # Else it holds until the COMMIT, which is too late for what the turn does next.
+            if writer.in_transaction:
+                writer.execute("PRAGMA defer_foreign_keys = off").fetchall()
+
+    def _drop_in_order(self, writer: sqlite3.Connection) -> None:
         order = {"trigger": 0, "view": 1, "virtual": 2, "table": 3}
         while True:
             found = writer.execute(
