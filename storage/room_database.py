@@ -364,11 +364,9 @@ class RoomDatabase:
         move here: then `commit` is due.
 
         Raises:
-            SqlError: what it did is lost; it was told so, and went on. It has not ended well, and can only be
-                run again.
+            SqlError: see `require_whole`.
         """
-        if self._lost is not None:
-            raise self._lost
+        self.require_whole()
         writer = self._file.writer
         self.staged = self._has_changed()
         if not self.staged:
@@ -377,6 +375,11 @@ class RoomDatabase:
             self._forget()
         self._free()
         return self.staged
+
+    def require_whole(self) -> None:
+        """Raise SqlError if what the turn did is lost: it was told so, and went on. It cannot end well."""
+        if self._lost is not None:
+            raise self._lost
 
     def end_unchanged(self) -> bool:
         """End the turn's use if it has changed nothing here. False: it has."""
