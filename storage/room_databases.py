@@ -17,8 +17,14 @@ from time import monotonic
 from typing import Final
 
 from storage.database import RESERVE_BYTES, cannot_use, database_version, sync_directory
-from storage.errors import BrokerError, DatabaseDamaged
-from storage.room_database import DATABASE_BYTES_MAX, RoomDatabase, databases_folder, room_of
+from storage.errors import BrokerError, DatabaseDamaged, SchemaTooNew
+from storage.room_database import (
+    DATABASE_BYTES_MAX,
+    RoomDatabase,
+    database_path,
+    databases_folder,
+    room_of,
+)
 from storage.shards import Durability, Row, Shard, ShardBatch
 
 #: Databases that may be open beside those with something under way.
@@ -83,6 +89,10 @@ class RoomDatabases:
 
         Args:
             damaged: told of each that cannot be used; its room is, when it wakes.
+
+        Raises:
+            BrokerError: one may be whole and cannot be looked at now: too few open files, an error of the
+                disk. What it has committed must not be passed over, since it would be done again.
         """
         found: dict[int, list[Row]] = {}
         for index, shard in self._shards.items():
@@ -90,7 +100,9 @@ class RoomDatabases:
             for path in self._with_log(index):
                 try:
                     rows += self._recover(shard, path)
-                except BrokerError as error:
+                except (DatabaseDamaged, SchemaTooNew) as error:
+                    if error.path != os.fspath(path):
+                        raise  # the shard's own
                     damaged(path, error)
             found[index] = sorted(rows)
         return found
@@ -112,12 +124,15 @@ class RoomDatabases:
         key = room_of(path)
         if not key:
             return []  # nothing was ever committed to it
+        if database_path(self._directory, shard.index, key) != path:
+            raise DatabaseDamaged(path, f"it is the database of room {key!r}, and not in its place")
         database = self._add(key)
         batch = ShardBatch()
         if key not in self.own:
             batch.adopt(key)
         database.tell_alarms(batch)
-        shard.commit(batch)
+        # Also into the reserve: with less to do, nothing would come up on a disk that is nearly full.
+        shard.commit(batch, keep_reserve=False)
         self.own.add(key)
         rows = database.rows()
         if not rows:

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hibernation.commits
+import storage.database
 import storage.room_databases
 from hibernation import wire
 from hibernation.cells import Batch, Cell, Kind
@@ -628,6 +629,63 @@ def test_a_host_that_was_replaced_commits_nothing(world: World) -> None:
     with pytest.raises(GenerationPassed):
         database.commit(ShardBatch(), [(shard.next_row(), b"")])
     assert len(database.rows()) == 1
+
+
+@pytest.mark.parametrize("error", [CommitRefused, DataDirectoryError, CommitUnknown])
+def test_what_cannot_be_looked_at_now_ends_the_start(tmp_path: Path, monkeypatch: Any, error: Any) -> None:
+    """S22, S36: what it has committed has happened, and is not passed over as if it were damaged."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    path = world.databases.get("main/r").path
+    left = list(world.left)
+    world.close()  # nobody has executed its row: the log stays
+    shards = {index: Shard(tmp_path, index, durability="full") for index in range(SHARDS)}
+    databases = RoomDatabases(
+        tmp_path, shards, lambda key: wire.partition_of(key) % SHARDS, durability="full"
+    )
+    with monkeypatch.context() as patch:
+        remedy = () if error is CommitUnknown else ("Wait",)
+
+        def fails(_: object) -> None:
+            raise error(path, "not now", *remedy)
+
+        patch.setattr(storage.room_databases, "room_of", fails)
+        with pytest.raises(error, match="not now"):
+            databases.recover(lambda *_: None)
+    databases.close()
+    for shard in shards.values():
+        shard.close()
+    world = World(tmp_path)
+    assert (world.left, world.damaged) == (left, [])
+    world.close()
+
+
+def test_a_start_does_not_wait_for_the_reserve_of_the_disk(tmp_path: Path, monkeypatch: Any) -> None:
+    """S36: a room's rows and its move are known to its shard also where the disk is nearly full."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    left = list(world.left)
+    world.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.database.DatabaseFile, "free_bytes", lambda _: 4096)
+        world = World(tmp_path)
+        assert (world.left, world.damaged, world.databases.own) == (left, [], {"main/r"})
+    world.close()
+
+
+def test_a_file_in_the_place_of_another_is_damaged_and_no_end_of_the_start(tmp_path: Path) -> None:
+    """S36, FAULTS 13: and its rows do not leave from there."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    path = world.databases.get("main/r").path
+    world.close()
+    other = path.with_name(f"{'0' * 40}.db")
+    for end in ("", "-wal"):
+        shutil.copyfile(f"{path}{end}", f"{other}{end}")
+    world = World(tmp_path)
+    assert world.damaged == [other]
+    assert world.stored("r") == ({}, ["a"])
+    world.close()
 
 
 # What is open
