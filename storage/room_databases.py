@@ -33,7 +33,7 @@ OPEN_MAX: Final = 256
 DESCRIPTORS_EACH: Final = 6
 #: How long one stays open that nobody needs.
 IDLE_SECONDS: Final = 10.0
-#: Closing one waits for the disk, and commits wait for that.
+#: Closing one waits for the disk, and commits wait for that; where too many are open it has to be.
 CLOSED_AT_ONCE_MAX: Final = 16
 
 
@@ -230,7 +230,7 @@ class RoomDatabases:
         )
 
     def closable(self, needed: Collection[object]) -> list[RoomDatabase]:
-        """Give those to be closed now, a few at a time: idle for long, or least recently used where too many
+        """Give those to be closed now: some that are idle for long, or the least recently used where too many
         are open. `RoomDatabase.close_unless_wanted` does it, and `close_has_ended` has to follow.
 
         Args:
@@ -238,9 +238,10 @@ class RoomDatabases:
         """
         idle_since = monotonic() - IDLE_SECONDS
         excess = len(self._open) - self._open_max
+        most = max(CLOSED_AT_ONCE_MAX, excess)  # what is opened faster than it is closed would end the host
         found: list[RoomDatabase] = []
         for database in sorted(self._open.values(), key=lambda each: each.used_at):
-            if (database.used_at > idle_since and excess <= 0) or len(found) >= CLOSED_AT_ONCE_MAX:
+            if (database.used_at > idle_since and excess <= 0) or len(found) >= most:
                 break
             if self._may_close(database) and database.key not in needed:
                 database.busy = database.closing = True

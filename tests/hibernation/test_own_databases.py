@@ -763,6 +763,22 @@ def test_no_more_are_open_than_should_be(tmp_path: Path, inline: bool) -> None:
     world.close()
 
 
+def test_however_many_are_too_many_they_are_closed_at_once(world: World, monkeypatch: Any) -> None:
+    """FAULTS: a commit opens any number of them, and each is six descriptors."""
+    monkeypatch.setattr(storage.room_databases, "CLOSED_AT_ONCE_MAX", 2)
+    monkeypatch.setattr(world.databases, "_open_max", 1)
+    rooms = [f"r{number}" for number in range(6)]
+    for room in rooms:
+        world.do(room, "moves", add("a"))
+    assert len(list(world.databases.all_open())) == 6
+    world.executed()
+    world.tidy()  # their rows go
+    world.tidy()
+    assert [database.key for database in world.databases.all_open()] == ["main/r5"]
+    for room in rooms:
+        assert world.stored(room) == ({}, ["a"])
+
+
 def test_a_missing_empty_or_damaged_file_is_told_to_its_room_alone(tmp_path: Path) -> None:
     """S36, FAULTS 13: it is not made anew, and not written to."""
     world = World(tmp_path)
