@@ -287,7 +287,7 @@ class RoomDatabase:
         if moves or generation < self.shard.generation:
             writer.execute(_OWN, (self.key, self.shard.generation))
         cleared = self.key in batch.cleared
-        if cleared or batch.alarms:
+        if cleared or batch.alarms is not None:
             changes = batch.alarms.rooms.get(self.key, {}) if batch.alarms else {}
             writer.execute(_NOTE_ALARMS, (dumps([cleared, list(changes.items())]),))
         if moves and not cleared:

@@ -563,6 +563,71 @@ def test_a_host_dies_between_a_rooms_commit_and_its_alarms(tmp_path: Path, moves
 # Disks
 
 
+@pytest.mark.parametrize("when", ["before the start", "while it is closed"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_room_whose_file_cannot_be_opened_costs_nobody_else_anything(
+    tmp_path: Path, inline: bool, when: str, how: str, monkeypatch: Any
+) -> None:
+    """S29, S36: its alarms end and what it says leaves, with the commits of all others."""
+    world = World(tmp_path, inline=inline)
+    world.do("r", "moves", add("a", key=1))
+    alarm = AlarmRow("wake", 1, 1000, 1000, b"")
+
+    async def stage_alarm(row: AlarmRow | None, name: str, **entries: Any) -> None:
+        cell = world.cell("r")
+        assert cell.room is not None
+        turn = cell.room._begin()
+        turn.set_alarm("wake", row)
+        for key, value in entries.items():
+            turn.write(key, value)
+        await world.turn("other", f"other {name}", put(name=name))
+        world.finish(cell, turn, name)
+
+    trio.run(stage_alarm, alarm, "sets")
+    world.settle()
+    path = world.databases.get("main/r").path
+    world.executed()
+    world.tidy()
+    if when == "before the start":
+        world.close()
+    else:
+        monkeypatch.setattr(storage.room_databases, "IDLE_SECONDS", 0.0)
+        world.tidy()
+        world.tidy()
+    assert not world.databases.are_open()
+    content = path.read_bytes()
+    path.unlink()
+    if how == "damaged":
+        path.write_bytes(bytes(100) + content[100:])
+    if when == "before the start":
+        world = World(tmp_path, inline=inline)
+    shard = world.shards[world.commits.shard_of("main/r")]
+    table = AlarmTable(shard.read)
+    assert list(table.of_room("main/r")) == ["wake"]
+    world.names.clear()
+    trio.run(stage_alarm, None, "ends")
+    world.commits.must_store(world.cell("r"))
+    world.commits.hold(world.cell("r"), [wire.EFFECTS, "says", []], [])
+    world.settle()
+    assert sorted(world.names) == ["ends", "other ends", "says"]
+    assert not table.of_room("main/r")
+    # Entries never go to the shard, not even of a turn that could still open the file when it wrote them.
+    with pytest.raises(DataDirectoryError, match=str(path)):
+        trio.run(partial(stage_alarm, None, "writes", key=b"2"))
+    world.settle()
+    assert shard.list("main/r") == []
+    # When the file is back all of it is there, and goes on there.
+    path.write_bytes(content)
+    world.do("r", "again", put(more=3))
+    assert world.stored("r") == ({"key": 1, "more": 3}, ["a"])
+    assert shard.list("main/r") == []
+    # It does not bring back the alarm that it has noted.
+    batch = ShardBatch()
+    world.databases.get("main/r").tell_alarms(batch)
+    assert not batch.alarms
+    world.close()
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_a_refused_commit_is_kept_and_tried_again(world: World, monkeypatch: Any, undone: bool) -> None:
     """S36: nothing of it leaves meanwhile; where SQLite has undone the statements they are executed again."""
