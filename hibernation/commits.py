@@ -14,6 +14,8 @@ Rows of a room's own database are numbered by its shard. Nothing of a batch leav
 committed, and then each shard's rows leave in the order of their numbers: so whatever part of a batch is on
 disk when this process ends, no row of it is older than one that has left. Alarms of these rooms are in the
 shard like all others: it is told of changes behind the room's own commit, which notes them for the next host.
+A room whose database cannot be opened has its results and alarms in the shard alone, so that it costs nobody
+but the room: its entries are refused where they are written, and never go there.
 
 One turn at a time has a room's own database: from its first statement until the batch that it ends up in is
 on disk, since its statements are in the one transaction that this commits. The next such turn waits. Turns of
@@ -44,7 +46,7 @@ from hibernation.logs import get_logger
 from hibernation.room import Beside, Connection, Turn
 from storage.blame import BlameBatch
 from storage.crons import CronRow
-from storage.errors import CommitRefused, SqlError
+from storage.errors import BrokerError, CommitRefused, SqlError
 from storage.room_database import RoomDatabase
 from storage.room_databases import RoomDatabases
 from storage.shards import Row, Shard, ShardBatch
@@ -123,6 +125,8 @@ class Commits:
         self._waiting: dict[str, trio.lowlevel.ParkingLot] = {}
         self._put_off: dict[str, PutOff] = {}
         self._making: set[str] = set()
+        #: Rooms whose alarms have changed while their databases, which note older ones, could not be opened.
+        self._outdated: set[str] = set()
         #: Rooms' databases want to be looked after with the next batch.
         self._tidy_due = False
         self.count = 0
@@ -167,8 +171,8 @@ class Commits:
     def stage(self, cell: Cell, turn: Turn) -> None:
         """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
         index = cell.shard
-        if index == -1:
-            index = cell.shard = self.store_of(cell.key)
+        if index == -1 or cell.key in self._databases.own:
+            index = self._find_store(cell, turn.cleared or turn.writes is not None)
         inner = turn.inner
         if inner is not None and inner.database is not None:
             if not self._stage_statements(cell, turn, inner.database):
@@ -191,8 +195,20 @@ class Commits:
                 cell.pending_alarms = {}
             cell.pending_alarms.update(turn.alarms)
 
+    def _find_store(self, cell: Cell, stores_entries: bool = False) -> Store:
+        """Where the room's next results go. Its own database is open then, and stays open until the batch has
+        been committed, since it is needed.
+        """
+        if stores_entries:
+            self.file_of(cell.key)  # it could be opened when they were written
+        store = cell.shard = self.store_of(cell.key)
+        return store
+
     def _stage(self, cell: Cell, turn: Turn, store: Store) -> None:
         batch = self._join(cell, store)
+        assert (
+            type(store) is str or cell.key not in self._databases.own or not (turn.writes or turn.cleared)
+        ), "Q1"
         if turn.cleared:
             batch.clear(cell.key)
             if type(store) is str:
@@ -209,6 +225,8 @@ class Commits:
             batch.alarming.stage(cell.key, turn.alarms)
             if type(store) is str:
                 self._behind(cell.key).alarming.stage(cell.key, turn.alarms)
+            elif cell.key in self._databases.own:
+                self._outdated.add(cell.key)
             dues = [row.due_ms for row in turn.alarms.values() if row is not None and not row.failed]
             if dues:
                 # Lasting: the batch may be kept when the gateway goes, and alarms are looked for before it is
@@ -228,6 +246,9 @@ class Commits:
             batch = forming.shards[store] = ShardBatch()
             if type(store) is str:
                 forming.has_own = True
+                if store in self._outdated:
+                    self._outdated.discard(store)
+                    _ = batch.alarming  # is noted there, empty as it is
         cell.gate = forming.number
         forming.cells.add(cell)
         return batch
@@ -268,8 +289,8 @@ class Commits:
         """
         if cell.gate == PUT_OFF:
             return
-        if cell.shard == -1:
-            cell.shard = self.store_of(cell.key)
+        if cell.shard == -1 or cell.key in self._databases.own:
+            self._find_store(cell)
         if cell.shard == cell.key and self._is_held(cell.key):
             self._put_off_to(cell)
         else:
@@ -502,9 +523,17 @@ class Commits:
     # --- Own databases of rooms -------------------------------------------------------------------
 
     def store_of(self, key: str) -> Store:
-        """Where a room's storage is: the index of its shard, or its key, if it has a database of its own."""
-        own = self._databases.own
-        return key if own and key in own else self.shard_of(key)
+        """Where what a room leaves is stored: the index of its shard, or its key, if it has a database of its
+        own, and that can be opened.
+        """
+        databases = self._databases
+        if key in databases.own:
+            try:
+                databases.get(key)
+            except BrokerError:  # which the room is told when it uses its storage
+                return self.shard_of(key)
+            return key
+        return self.shard_of(key)
 
     def file_of(self, key: str) -> Shard | RoomDatabase:
         """What to read a room's committed entries from.

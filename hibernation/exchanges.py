@@ -225,6 +225,7 @@ class Exchanges:
         try:
             value = await self._turns.call(cell.kind, worker, cell.server, request)
             reply = await watched(to_reply(value), self._pool.suspended, worker.waiting)
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything

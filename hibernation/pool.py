@@ -624,6 +624,7 @@ class Pool:
                     await watched(result, self.suspended, worker.waiting)
             if deadline.cancelled_caught:
                 raise TurnTimeout("on_start", seconds, "start_timeout")
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything

@@ -120,8 +120,12 @@ class Turn:
     def check(self) -> None:
         """Raise what keeps the turn from ending well, if there is such a thing."""
         inner = self.inner
-        if inner is not None and inner.lost is not None:
+        if inner is None:
+            return
+        if inner.lost is not None:
             raise inner.lost
+        if inner.database is not None:
+            inner.database.require_whole()
 
     def set_alarm(self, name: str, row: "AlarmRow | None") -> None:
         """Stage one alarm; None deletes."""

@@ -136,6 +136,8 @@ class Turns:
                         self._suspended()
                         worker.running = result
                         await carry_on(result, trap, worker.waiting)
+                if turn.inner is not None:
+                    turn.check()
             except trio.Cancelled:
                 raise
             except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -191,6 +193,7 @@ class Turns:
             if "on_connect" in kind.hooks:
                 worker.hook = "on_connect"
                 await self.call(kind, worker, cell.server, connection, context)
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -210,6 +213,7 @@ class Turns:
         worker.hook = "on_close"
         try:
             await self.call(cell.kind, worker, cell.server, connection, code, reason, clean)
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -229,6 +233,7 @@ class Turns:
         worker.hook = "on_alarm"
         try:
             await self.call(cell.kind, worker, cell.server, alarm)
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -320,6 +325,7 @@ class Turns:
         try:
             if worker.hook in cell.kind.hooks:
                 await self.call(cell.kind, worker, cell.server, *arguments)
+                turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -335,6 +341,7 @@ class Turns:
         worker.hook = "on_error"
         try:
             await self.call(cell.kind, worker, cell.server, None, event[2])
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -425,6 +432,7 @@ class Turns:
         worker.hook = "on_error"
         try:
             await self.call(cell.kind, worker, cell.server, connection, error)
+            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as second:  # noqa: BLE001 - room code may raise anything

@@ -287,7 +287,7 @@ class RoomDatabase:
         if moves or generation < self.shard.generation:
             writer.execute(_OWN, (self.key, self.shard.generation))
         cleared = self.key in batch.cleared
-        if cleared or batch.alarms:
+        if cleared or batch.alarms is not None:
             changes = batch.alarms.rooms.get(self.key, {}) if batch.alarms else {}
             writer.execute(_NOTE_ALARMS, (dumps([cleared, list(changes.items())]),))
         if moves and not cleared:
@@ -364,11 +364,9 @@ class RoomDatabase:
         move here: then `commit` is due.
 
         Raises:
-            SqlError: what it did is lost; it was told so, and went on. It has not ended well, and can only be
-                run again.
+            SqlError: see `require_whole`.
         """
-        if self._lost is not None:
-            raise self._lost
+        self.require_whole()
         writer = self._file.writer
         self.staged = self._has_changed()
         if not self.staged:
@@ -377,6 +375,11 @@ class RoomDatabase:
             self._forget()
         self._free()
         return self.staged
+
+    def require_whole(self) -> None:
+        """Raise SqlError if what the turn did is lost: it was told so, and went on. It cannot end well."""
+        if self._lost is not None:
+            raise self._lost
 
     def end_unchanged(self) -> bool:
         """End the turn's use if it has changed nothing here. False: it has."""
@@ -497,7 +500,7 @@ class RoomDatabase:
     def _run(
         self, statement: str, values: tuple[Value, ...], bytes_max: int, seconds: float
     ) -> "tuple[list[str], list[tuple[Value, ...]]]":
-        self._guard.begin(seconds)
+        self._guard.begin(statement, seconds)
         try:
             cursor = self._file.writer.execute(statement + _THEIRS, values)
             if cursor.description is None:
@@ -591,6 +594,14 @@ class RoomDatabase:
     def _drop_tables(self) -> None:
         writer = self._file.writer
         writer.execute("PRAGMA defer_foreign_keys = on").fetchall()
+        try:
+            self._drop_in_order(writer)
+        finally:
+            # Else it holds until the COMMIT, which is too late for what the turn does next.
+            if writer.in_transaction:
+                writer.execute("PRAGMA defer_foreign_keys = off").fetchall()
+
+    def _drop_in_order(self, writer: sqlite3.Connection) -> None:
         order = {"trigger": 0, "view": 1, "virtual": 2, "table": 3}
         while True:
             found = writer.execute(

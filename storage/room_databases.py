@@ -17,8 +17,14 @@ from time import monotonic
 from typing import Final
 
 from storage.database import RESERVE_BYTES, cannot_use, database_version, sync_directory
-from storage.errors import BrokerError, DatabaseDamaged
-from storage.room_database import DATABASE_BYTES_MAX, RoomDatabase, databases_folder, room_of
+from storage.errors import BrokerError, DatabaseDamaged, SchemaTooNew
+from storage.room_database import (
+    DATABASE_BYTES_MAX,
+    RoomDatabase,
+    database_path,
+    databases_folder,
+    room_of,
+)
 from storage.shards import Durability, Row, Shard, ShardBatch
 
 #: Databases that may be open beside those with something under way.
@@ -27,7 +33,7 @@ OPEN_MAX: Final = 256
 DESCRIPTORS_EACH: Final = 6
 #: How long one stays open that nobody needs.
 IDLE_SECONDS: Final = 10.0
-#: Closing one waits for the disk, and commits wait for that.
+#: Closing one waits for the disk, and commits wait for that; where too many are open it has to be.
 CLOSED_AT_ONCE_MAX: Final = 16
 
 
@@ -83,6 +89,10 @@ class RoomDatabases:
 
         Args:
             damaged: told of each that cannot be used; its room is, when it wakes.
+
+        Raises:
+            BrokerError: one may be whole and cannot be looked at now: too few open files, an error of the
+                disk. What it has committed must not be passed over, since it would be done again.
         """
         found: dict[int, list[Row]] = {}
         for index, shard in self._shards.items():
@@ -90,7 +100,9 @@ class RoomDatabases:
             for path in self._with_log(index):
                 try:
                     rows += self._recover(shard, path)
-                except BrokerError as error:
+                except (DatabaseDamaged, SchemaTooNew) as error:
+                    if error.path != os.fspath(path):
+                        raise  # the shard's own
                     damaged(path, error)
             found[index] = sorted(rows)
         return found
@@ -112,12 +124,15 @@ class RoomDatabases:
         key = room_of(path)
         if not key:
             return []  # nothing was ever committed to it
+        if database_path(self._directory, shard.index, key) != path:
+            raise DatabaseDamaged(path, f"it is the database of room {key!r}, and not in its place")
         database = self._add(key)
         batch = ShardBatch()
         if key not in self.own:
             batch.adopt(key)
         database.tell_alarms(batch)
-        shard.commit(batch)
+        # Also into the reserve: with less to do, nothing would come up on a disk that is nearly full.
+        shard.commit(batch, keep_reserve=False)
         self.own.add(key)
         rows = database.rows()
         if not rows:
@@ -215,7 +230,7 @@ class RoomDatabases:
         )
 
     def closable(self, needed: Collection[object]) -> list[RoomDatabase]:
-        """Give those to be closed now, a few at a time: idle for long, or least recently used where too many
+        """Give those to be closed now: some that are idle for long, or the least recently used where too many
         are open. `RoomDatabase.close_unless_wanted` does it, and `close_has_ended` has to follow.
 
         Args:
@@ -223,9 +238,10 @@ class RoomDatabases:
         """
         idle_since = monotonic() - IDLE_SECONDS
         excess = len(self._open) - self._open_max
+        most = max(CLOSED_AT_ONCE_MAX, excess)  # what is opened faster than it is closed would end the host
         found: list[RoomDatabase] = []
         for database in sorted(self._open.values(), key=lambda each: each.used_at):
-            if (database.used_at > idle_since and excess <= 0) or len(found) >= CLOSED_AT_ONCE_MAX:
+            if (database.used_at > idle_since and excess <= 0) or len(found) >= most:
                 break
             if self._may_close(database) and database.key not in needed:
                 database.busy = database.closing = True

@@ -250,13 +250,16 @@ class Shard:
         """Give the outbox as it is on disk, in the order of the commits."""
         return self._file.read(_ROWS)
 
-    def commit(self, batch: ShardBatch, rows: Sequence[Row] = (), executed: int = 0) -> None:
+    def commit(
+        self, batch: ShardBatch, rows: Sequence[Row] = (), executed: int = 0, *, keep_reserve: bool = True
+    ) -> None:
         """Write a batch in one transaction: all of it or nothing. On one thread at a time.
 
         Args:
             batch: the changes of entries.
             rows: what the outbox gets, numbered by `next_row`.
             executed: rows up to this number leave the outbox; 0: none does.
+            keep_reserve: leave the reserve of the disk free.
 
         Raises:
             GenerationPassed: another host owns the shard now; nothing was written.
@@ -267,7 +270,7 @@ class Shard:
             return
         alarm_bytes = batch.alarms.bytes if batch.alarms else 0
         with self._file.transaction(
-            batch.bytes + alarm_bytes + sum([len(items) for _, items in rows])
+            batch.bytes + alarm_bytes + sum([len(items) for _, items in rows]), keep_reserve=keep_reserve
         ) as writer:
             current = writer.execute(_CHECK_GENERATION).fetchall()[0][0]
             if current != self.generation:

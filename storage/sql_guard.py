@@ -8,6 +8,7 @@ SQLite asks the authorizer when it compiles a statement, and compiles it once: w
 next time too. So the text of a statement of the room's code must never be that of one of ours.
 """
 
+import re
 import sqlite3
 from collections.abc import Sequence
 from time import monotonic
@@ -43,7 +44,6 @@ _SQLITE_TABLES: Final = frozenset(
 _PRAGMAS: Final = frozenset(
     {
         "data_version",
-        "defer_foreign_keys",
         "foreign_key_check",
         "foreign_key_list",
         "function_list",
@@ -92,6 +92,13 @@ _TEMPORARY: Final = frozenset(
         sqlite3.SQLITE_CREATE_TEMP_VIEW,
     }
 )
+#: What a statement does not say by it: a comment, a text, a name in quotes.
+_NOT_SAID: Final = re.compile(
+    r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]""", re.DOTALL
+)
+_DEFERRED: Final = re.compile(r"\binitially\s+deferred\b", re.IGNORECASE)
+#: Foreign keys are looked at with each statement: what only a COMMIT would find could be told to nobody.
+_DEFERRING: Final = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_ALTER_TABLE})
 _ONE_TURN: Final = (
     "A turn is one transaction already; use `async with storage.transaction()` for a part of it"
 )
@@ -108,9 +115,11 @@ class Guard:
         self.deadline = 0.0
         self.asked = self.writes = self.maintains = False
         self.refused: tuple[str, str] | None = None
+        self.statement = ""
 
-    def begin(self, seconds: float) -> None:
+    def begin(self, statement: str, seconds: float) -> None:
         """A statement of the room's code comes; it may take so long."""
+        self.statement = statement
         self.asked = self.writes = self.maintains = False
         self.refused = None
         self.deadline = monotonic() + seconds
@@ -139,8 +148,12 @@ class Guard:
             return sqlite3.SQLITE_OK
         if action == sqlite3.SQLITE_PRAGMA:
             if (first or "").lower() in _PRAGMAS:
-                self.writes = self.writes or (first or "").lower() == "defer_foreign_keys"
                 return sqlite3.SQLITE_OK
+            if (first or "").lower() == "defer_foreign_keys":
+                return self._refuse(
+                    "PRAGMA defer_foreign_keys is not allowed: foreign keys are checked with each statement",
+                    "Insert what is referred to first, or both in one statement",
+                )
             return self._refuse(
                 f"PRAGMA {first} is not allowed", f"Allowed are {', '.join(sorted(_PRAGMAS))}"
             )
@@ -175,6 +188,10 @@ class Guard:
             return self._refuse(
                 f"names that begin with {' or '.join(_PREFIXES)} are the broker's own",
                 "Choose another name",
+            )
+        if action in _DEFERRING and _DEFERRED.search(_NOT_SAID.sub(" ", self.statement)) is not None:
+            return self._refuse(
+                "a foreign key is checked with each statement, and not later", "Leave out INITIALLY DEFERRED"
             )
         if action == sqlite3.SQLITE_CREATE_VTABLE and second.lower() not in _MODULES:
             return self._refuse(

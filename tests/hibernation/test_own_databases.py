@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hibernation.commits
+import storage.database
 import storage.room_databases
 from hibernation import wire
 from hibernation.cells import Batch, Cell, Kind
@@ -562,6 +563,71 @@ def test_a_host_dies_between_a_rooms_commit_and_its_alarms(tmp_path: Path, moves
 # Disks
 
 
+@pytest.mark.parametrize("when", ["before the start", "while it is closed"])
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_room_whose_file_cannot_be_opened_costs_nobody_else_anything(
+    tmp_path: Path, inline: bool, when: str, how: str, monkeypatch: Any
+) -> None:
+    """S29, S36: its alarms end and what it says leaves, with the commits of all others."""
+    world = World(tmp_path, inline=inline)
+    world.do("r", "moves", add("a", key=1))
+    alarm = AlarmRow("wake", 1, 1000, 1000, b"")
+
+    async def stage_alarm(row: AlarmRow | None, name: str, **entries: Any) -> None:
+        cell = world.cell("r")
+        assert cell.room is not None
+        turn = cell.room._begin()
+        turn.set_alarm("wake", row)
+        for key, value in entries.items():
+            turn.write(key, value)
+        await world.turn("other", f"other {name}", put(name=name))
+        world.finish(cell, turn, name)
+
+    trio.run(stage_alarm, alarm, "sets")
+    world.settle()
+    path = world.databases.get("main/r").path
+    world.executed()
+    world.tidy()
+    if when == "before the start":
+        world.close()
+    else:
+        monkeypatch.setattr(storage.room_databases, "IDLE_SECONDS", 0.0)
+        world.tidy()
+        world.tidy()
+    assert not world.databases.are_open()
+    content = path.read_bytes()
+    path.unlink()
+    if how == "damaged":
+        path.write_bytes(bytes(100) + content[100:])
+    if when == "before the start":
+        world = World(tmp_path, inline=inline)
+    shard = world.shards[world.commits.shard_of("main/r")]
+    table = AlarmTable(shard.read)
+    assert list(table.of_room("main/r")) == ["wake"]
+    world.names.clear()
+    trio.run(stage_alarm, None, "ends")
+    world.commits.must_store(world.cell("r"))
+    world.commits.hold(world.cell("r"), [wire.EFFECTS, "says", []], [])
+    world.settle()
+    assert sorted(world.names) == ["ends", "other ends", "says"]
+    assert not table.of_room("main/r")
+    # Entries never go to the shard, not even of a turn that could still open the file when it wrote them.
+    with pytest.raises(DataDirectoryError, match=str(path)):
+        trio.run(partial(stage_alarm, None, "writes", key=b"2"))
+    world.settle()
+    assert shard.list("main/r") == []
+    # When the file is back all of it is there, and goes on there.
+    path.write_bytes(content)
+    world.do("r", "again", put(more=3))
+    assert world.stored("r") == ({"key": 1, "more": 3}, ["a"])
+    assert shard.list("main/r") == []
+    # It does not bring back the alarm that it has noted.
+    batch = ShardBatch()
+    world.databases.get("main/r").tell_alarms(batch)
+    assert not batch.alarms
+    world.close()
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_a_refused_commit_is_kept_and_tried_again(world: World, monkeypatch: Any, undone: bool) -> None:
     """S36: nothing of it leaves meanwhile; where SQLite has undone the statements they are executed again."""
@@ -628,6 +694,63 @@ def test_a_host_that_was_replaced_commits_nothing(world: World) -> None:
     with pytest.raises(GenerationPassed):
         database.commit(ShardBatch(), [(shard.next_row(), b"")])
     assert len(database.rows()) == 1
+
+
+@pytest.mark.parametrize("error", [CommitRefused, DataDirectoryError, CommitUnknown])
+def test_what_cannot_be_looked_at_now_ends_the_start(tmp_path: Path, monkeypatch: Any, error: Any) -> None:
+    """S22, S36: what it has committed has happened, and is not passed over as if it were damaged."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    path = world.databases.get("main/r").path
+    left = list(world.left)
+    world.close()  # nobody has executed its row: the log stays
+    shards = {index: Shard(tmp_path, index, durability="full") for index in range(SHARDS)}
+    databases = RoomDatabases(
+        tmp_path, shards, lambda key: wire.partition_of(key) % SHARDS, durability="full"
+    )
+    with monkeypatch.context() as patch:
+        remedy = () if error is CommitUnknown else ("Wait",)
+
+        def fails(_: object) -> None:
+            raise error(path, "not now", *remedy)
+
+        patch.setattr(storage.room_databases, "room_of", fails)
+        with pytest.raises(error, match="not now"):
+            databases.recover(lambda *_: None)
+    databases.close()
+    for shard in shards.values():
+        shard.close()
+    world = World(tmp_path)
+    assert (world.left, world.damaged) == (left, [])
+    world.close()
+
+
+def test_a_start_does_not_wait_for_the_reserve_of_the_disk(tmp_path: Path, monkeypatch: Any) -> None:
+    """S36: a room's rows and its move are known to its shard also where the disk is nearly full."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    left = list(world.left)
+    world.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.database.DatabaseFile, "free_bytes", lambda _: 4096)
+        world = World(tmp_path)
+        assert (world.left, world.damaged, world.databases.own) == (left, [], {"main/r"})
+    world.close()
+
+
+def test_a_file_in_the_place_of_another_is_damaged_and_no_end_of_the_start(tmp_path: Path) -> None:
+    """S36, FAULTS 13: and its rows do not leave from there."""
+    world = World(tmp_path)
+    world.do("r", "moves", add("a"))
+    path = world.databases.get("main/r").path
+    world.close()
+    other = path.with_name(f"{'0' * 40}.db")
+    for end in ("", "-wal"):
+        shutil.copyfile(f"{path}{end}", f"{other}{end}")
+    world = World(tmp_path)
+    assert world.damaged == [other]
+    assert world.stored("r") == ({}, ["a"])
+    world.close()
 
 
 # What is open
@@ -703,6 +826,22 @@ def test_no_more_are_open_than_should_be(tmp_path: Path, inline: bool) -> None:
     # What is only read has no log to carry over, and is closed at once.
     assert len(list(world.databases.all_open())) == 3
     world.close()
+
+
+def test_however_many_are_too_many_they_are_closed_at_once(world: World, monkeypatch: Any) -> None:
+    """FAULTS: a commit opens any number of them, and each is six descriptors."""
+    monkeypatch.setattr(storage.room_databases, "CLOSED_AT_ONCE_MAX", 2)
+    monkeypatch.setattr(world.databases, "_open_max", 1)
+    rooms = [f"r{number}" for number in range(6)]
+    for room in rooms:
+        world.do(room, "moves", add("a"))
+    assert len(list(world.databases.all_open())) == 6
+    world.executed()
+    world.tidy()  # their rows go
+    world.tidy()
+    assert [database.key for database in world.databases.all_open()] == ["main/r5"]
+    for room in rooms:
+        assert world.stored(room) == ({}, ["a"])
 
 
 def test_a_missing_empty_or_damaged_file_is_told_to_its_room_alone(tmp_path: Path) -> None:

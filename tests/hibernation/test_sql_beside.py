@@ -1,6 +1,6 @@
 """SQL where turns of a room overlap, or run beside background work (S7, S19, S28): a host in the kit."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -100,6 +100,53 @@ class Waking(Server):
                 raise KeyError
         except KeyError:
             self.room.storage.set_alarm(1)
+
+
+class Careless(Server):
+    """Goes on where what its turn has executed is lost, in each of its hooks."""
+
+    #: Of all hosts.
+    seen: ClassVar[list[str]] = []
+
+    async def lose(self, what: str) -> None:
+        """A statement that undoes all comes behind one that gave something random."""
+        self.room.storage.put("lost", what)
+        self.seen.append(what)
+        await self.room.storage.sql(CREATE)
+        await self.room.storage.sql("INSERT INTO t VALUES (hex(randomblob(16))) RETURNING name")
+        with pytest.raises(SqlError):
+            await self.room.storage.sql("INSERT OR ROLLBACK INTO once VALUES (1)")
+        with pytest.raises(SqlError, match="cannot be repeated"):
+            await self.room.storage.sql(COUNT)
+
+    async def on_connect(self, connection: Any, context: Any) -> None:
+        await self.room.storage.sql("CREATE TABLE IF NOT EXISTS once (a UNIQUE)")
+        await self.room.storage.sql("INSERT OR IGNORE INTO once VALUES (1)")
+
+    async def on_message(self, message: str, sender: Any) -> None:
+        if message == "alarm":
+            self.room.storage.set_alarm(1)
+        elif message == "work":
+            self.room.start_soon(self.lose, "work")
+        elif message == "look":
+            sender.send(f"{await self.room.storage.get('lost')}")
+        else:
+            await self.lose("on_message")
+            sender.send("never")
+
+    async def on_alarm(self, alarm: Any) -> None:
+        if "on_alarm" not in self.seen:
+            await self.lose("on_alarm")
+
+    async def on_close(self, connection: Any, code: int, reason: str, clean: bool) -> None:
+        await self.lose("on_close")
+
+    async def on_request(self, request: Any) -> str:
+        await self.lose("on_request")
+        return "never"
+
+    async def on_error(self, connection: Any, error: BaseException) -> None:
+        await self.lose("on_error")
 
 
 class Overlapping(Rows):
@@ -203,6 +250,34 @@ def test_an_alarm_with_statements_runs_once_whenever_its_host_dies(at: str | Non
             for number in range(2, 6):
                 await anna.expect(f"alarm {number}")
             assert not anna.received
+
+    main()
+
+
+def test_a_turn_that_goes_on_where_its_statements_are_lost_fails() -> None:
+    """S20, S28: in every hook as by an exception, and its host stays."""
+
+    @virtual
+    async def main() -> None:
+        Careless.seen.clear()
+        async with AsyncKit(Careless) as kit:
+            anna = await kit.connect("r", id="anna", party="careless")
+            with kit.expect_error(SqlError, match="cannot be repeated") as errors:
+                anna.send("lose")
+                anna.send("work")
+                await kit.settle()
+                anna.send("alarm")
+                await kit.advance(5)
+                bert = await kit.connect("r", id="bert", party="careless")
+                await bert.close()
+                await kit.settle()
+                answer = await kit.request("GET", kit.address("r", "careless"))
+                assert answer.status == 500
+            anna.send("look")
+            failing = ("on_message", "work", "on_alarm", "on_close", "on_request")
+            hooks = [hook for each in failing for hook in (each, "on_error")]
+            await anna.expect("None")
+            assert (Careless.seen, len(errors)) == (hooks, len(hooks))
 
     main()
 

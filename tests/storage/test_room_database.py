@@ -85,6 +85,11 @@ def test_rows_are_dicts_of_what_sqlite_holds(room: Room) -> None:
         ("PRAGMA user_version = 9", "PRAGMA user_version is not allowed"),
         ("PRAGMA writable_schema = on", "PRAGMA writable_schema is not allowed"),
         ("PRAGMA max_page_count = 1", "PRAGMA max_page_count is not allowed"),
+        ("PRAGMA defer_foreign_keys = on", "referred to first"),
+        ("PRAGMA main.defer_foreign_keys(1)", "referred to first"),
+        ("CREATE TABLE x (y REFERENCES t DEFERRABLE INITIALLY DEFERRED)", "Leave out INITIALLY DEFERRED"),
+        ("CREATE TABLE x (y, FOREIGN KEY (y) REFERENCES t deferrable/**/initially--\ndeferred)", "Leave out"),
+        ("ALTER TABLE t ADD COLUMN y REFERENCES t DEFERRABLE INITIALLY DEFERRED", "Leave out INITIALLY"),
         ("SELECT load_extension('x')", "load_extension"),
         ("SELECT fts3_tokenizer('x')", "fts3_tokenizer"),
         ("CREATE TEMP TABLE x (y)", "Create a plain one"),
@@ -275,7 +280,7 @@ def test_tables_go_whatever_refers_to_what(room: Room) -> None:
     for statement in (
         "CREATE TABLE parent (id INTEGER PRIMARY KEY AUTOINCREMENT)",
         "CREATE TABLE child (id REFERENCES parent ON DELETE RESTRICT)",
-        "CREATE TABLE ring (id INTEGER PRIMARY KEY, next REFERENCES ring DEFERRABLE INITIALLY DEFERRED)",
+        "CREATE TABLE ring (id INTEGER PRIMARY KEY, next REFERENCES ring)",
         'CREATE TABLE "odd "" name" (x)',
         "INSERT INTO parent VALUES (1)",
         "INSERT INTO child VALUES (1)",
@@ -296,6 +301,21 @@ def test_tables_go_whatever_refers_to_what(room: Room) -> None:
     left = "SELECT name FROM sqlite_schema WHERE name NOT GLOB '*_broker_*' AND name NOT GLOB '*_sqlite_*'"
     assert {row["name"] for row in room.run(left)} <= {"sqlite_sequence"}
     room.database.check()
+
+
+def test_a_foreign_key_is_never_left_to_the_commit(room: Room) -> None:
+    """S28: it would refuse the turn when nobody can be told; also behind `delete_all`."""
+    room.run("CREATE TABLE old (a)")
+    room.commit()
+    room.database.drop_tables(0)
+    room.run("CREATE TABLE p (id INTEGER PRIMARY KEY)")
+    room.run("CREATE TABLE c (p REFERENCES p DEFERRABLE, note DEFAULT 'INITIALLY DEFERRED') -- or not")
+    with pytest.raises(SqlError, match="FOREIGN KEY"):
+        room.run("INSERT INTO c (p) VALUES (1)")
+    room.run("INSERT INTO p VALUES (1)")
+    room.run("INSERT INTO c (p) VALUES (1)")
+    room.commit()
+    assert room.run("SELECT * FROM c") == [{"p": 1, "note": "INITIALLY DEFERRED"}]
 
 
 def test_a_newer_schema_is_refused_and_the_file_untouched(tmp_path: Path) -> None:
