@@ -170,6 +170,8 @@ class Crons:
         #: Names of those that are about to run, or run.
         self._running: set[str] = set()
         self.runs = 0
+        #: By name: the tick whose hook was called last.
+        self._started: dict[str, CronRow] = {}
         self.failures = 0
 
     @property
@@ -223,6 +225,11 @@ class Crons:
     async def _call(self, row: CronRow) -> None:
         party = self._party
         assert party is not None
+        # A claim that waits for the disk outlives its gateway, and is not seen there when the next one comes:
+        # then the same tick is claimed once more.
+        if self._started.get(row.name) == row:
+            return
+        self._started[row.name] = row
         try:
             while self._pool.probation is not None and self._pool.probation.holds:  # noqa: ASYNC110
                 await trio.sleep(LOOK_SECONDS)
