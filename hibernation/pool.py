@@ -194,6 +194,10 @@ class Pool:
             self._workers.discard(worker)
             raise
         finally:
+            # A turn that is cancelled from outside ends here: what its code has started elsewhere must not
+            # go on in it.
+            if worker.cell is not None and worker.cell.room is not None:
+                worker.cell.room._discard()
             del self._by_task[task]
             if worker in self._workers:
                 self._workers.discard(worker)
