@@ -315,7 +315,8 @@ class Pool:
             if not cell.gate:
                 return
             cell.server = cell.room = cell.met = None
-            cell.streams = 0
+        # Its streams have ended with the gateway, or never begun.
+        cell.streams = len(cell.background)
         cell.events.clear()
         cell.scheduled = cell.running = cell.held = False
         cell.overlap = None

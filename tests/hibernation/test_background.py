@@ -271,6 +271,23 @@ def test_when_the_gateway_goes_it_goes_on_in_the_same_object():
     play(Worker, script)
 
 
+def test_a_stream_that_the_gateway_has_taken_along_keeps_nobody_awake():
+    """S6, S34: one that was to begin when its turn is on disk, and does not begin any more."""
+
+    async def script(site: Site) -> None:
+        site.message("work")
+        await settle()
+        site.cell.streams += 1
+        site.pool.forget()
+        await trio.sleep(2)
+        assert (site.pool.awake, site.cell.streams) == (1, 1)
+        await trio.sleep(5)
+        assert site.broadcasts()[-1] == "end 31"
+        assert (site.pool.awake, site.pool.cells) == (0, {})
+
+    play(Worker, script)
+
+
 @pytest.mark.parametrize("ends_by", ["gateway", "timeout"])
 def test_what_a_cancelled_turn_has_started_in_it_is_no_part_of_it_any_more(ends_by):
     """S20, S34: its effects would leave, and those of the turn that is run again, too."""
