@@ -889,7 +889,7 @@ class Host:
                 # What earlier turns wrote, and who asks may have read, must not be told before it is on disk
                 # (H2); that holds for a stream, too. What waits for who asks, it cannot wait for.
                 stored = trio.Event()
-                self._commits.after(cell, stored.set)
+                self._commits.after(cell, stored.set, lasting=True)  # background work outlives the gateway
                 self._flush()
                 await stored.wait()
             if self._pool.retiring:
