@@ -166,18 +166,24 @@ class Crons:
         self._ticks = Ticks({}, {}, 0, 0)
         self._open = False
         self._wanted = trio.Event()
+        self._ended = trio.Event()
         self._nursery: trio.Nursery
         #: Names of those that are about to run, or run.
         self._running: set[str] = set()
-        self.runs = 0
         #: By name: the tick whose hook was called last.
         self._started: dict[str, CronRow] = {}
+        self.runs = 0
         self.failures = 0
 
     @property
     def busy(self) -> bool:
         """Whether a hook runs."""
         return bool(self._running)
+
+    async def all_ended(self) -> None:
+        """Return when no hook runs any more."""
+        while self._running:
+            await self._ended.wait()
 
     def counts(self) -> dict[str, int]:
         """For `stats`."""
@@ -219,17 +225,17 @@ class Crons:
         self._flush()
 
     def _claimed(self, row: CronRow) -> None:
+        # A claim that waits for the disk outlives its gateway, and is not seen there when the next one comes:
+        # then the same tick is claimed once more.
+        if self._started.get(row.name) == row:
+            return
+        self._started[row.name] = row
         self._running.add(row.name)
         self._nursery.start_soon(self._call, row)
 
     async def _call(self, row: CronRow) -> None:
         party = self._party
         assert party is not None
-        # A claim that waits for the disk outlives its gateway, and is not seen there when the next one comes:
-        # then the same tick is claimed once more.
-        if self._started.get(row.name) == row:
-            return
-        self._started[row.name] = row
         try:
             while self._pool.probation is not None and self._pool.probation.holds:  # noqa: ASYNC110
                 await trio.sleep(LOOK_SECONDS)
@@ -242,6 +248,9 @@ class Crons:
                     self._pool.look_on()
         finally:
             self._running.discard(row.name)
+            if not self._running:
+                ended, self._ended = self._ended, trio.Event()
+                ended.set()
 
     async def _call_hook(self, party: Party, row: CronRow) -> None:
         self.runs += 1
