@@ -156,6 +156,14 @@ class Alarms:
         self.runs += 1
         return Alarm(row)
 
+    def end(self, turn: Turn, event: Event) -> None:
+        """The turn of an alarm ends well: its deletion stands, unless another turn, or background work, has
+        set it anew meanwhile. Who did so has the last word.
+        """
+        name = event[2]
+        if turn.alarms and turn.alarms.get(name, self) is None and self._current(event) is None:
+            del turn.alarms[name]
+
     def fail(self, room: Room, turn: Turn, event: Event, error: BaseException) -> None:
         """Stage another attempt of an alarm whose turn has failed, or none, if it has had all; unless
         `on_error` has changed it.

@@ -99,6 +99,14 @@ LAST_WORDS_SECONDS: Final = 5.0
 #: default.
 GC_THRESHOLDS: Final = (20_000, 20, 50)
 
+#: What a fetch outside of a turn is told by a host that starts no more turns.
+_RETIRING: Final = [
+    "response",
+    503,
+    [("content-type", "text/plain; charset=utf-8"), ("retry-after", "1")],
+    b"this host is being replaced\n",
+]
+
 log = get_logger("host")
 
 
@@ -405,17 +413,18 @@ class Host:
             self._commits.end_round()
 
     async def _retire(self) -> None:
-        """Let background work end within `drain`, while rooms go on. Then start no more turns, let those
-        under way end in what is left of it, and let their effects leave. What has not ended by then is
+        """Let background work and crons end within `drain`, while rooms go on. Then start no more turns, let
+        those under way end in what is left of it, and let their effects leave. What has not ended by then is
         cancelled with the process; turns are delivered again to the next one (S32).
         """
         drain = self.config.settings.drain
         began = trio.current_time()
         with trio.move_on_after(drain):
             alone = 0
-            while self._background.busy and alone < ALONE_LOOKS_MAX:
+            while (self._background.busy or self._crons.busy) and alone < ALONE_LOOKS_MAX:
                 with trio.move_on_after(RETIRE_LOOK_SECONDS):
                     await self._background.all_ended()
+                    await self._crons.all_ended()
                 alone = alone + 1 if self._socket is None else 0
         await self._end_background()
         self._out_put([wire.RETIRE])
@@ -889,7 +898,7 @@ class Host:
                 # What earlier turns wrote, and who asks may have read, must not be told before it is on disk
                 # (H2); that holds for a stream, too. What waits for who asks, it cannot wait for.
                 stored = trio.Event()
-                self._commits.after(cell, stored.set)
+                self._commits.after(cell, stored.set, lasting=True)  # background work outlives the gateway
                 self._flush()
                 await stored.wait()
             if self._pool.retiring:
@@ -905,7 +914,9 @@ class Host:
                     self._flush()
                     raise
         if answer[0] == "retiring":
-            if cell is not None and in_turn:
+            if not in_turn:
+                return _RETIRING  # nobody runs it again
+            if cell is not None:
                 cell.abandoned = True  # the turn is not waited for, and the next host runs it again
             await trio.sleep_forever()
         return answer

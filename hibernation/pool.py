@@ -194,6 +194,10 @@ class Pool:
             self._workers.discard(worker)
             raise
         finally:
+            # A turn that is cancelled from outside ends here: what its code has started elsewhere must not
+            # go on in it.
+            if worker.cell is not None and worker.cell.room is not None:
+                worker.cell.room._discard()
             del self._by_task[task]
             if worker in self._workers:
                 self._workers.discard(worker)
@@ -311,7 +315,8 @@ class Pool:
             if not cell.gate:
                 return
             cell.server = cell.room = cell.met = None
-            cell.streams = 0
+        # Its streams have ended with the gateway, or never begun.
+        cell.streams = len(cell.background)
         cell.events.clear()
         cell.scheduled = cell.running = cell.held = False
         cell.overlap = None

@@ -68,6 +68,9 @@ class Alarms(Protocol):
     def begin(self, turn: Turn, event: Event) -> Alarm | None:
         """Stage the end of an alarm; None if there is nothing to run."""
 
+    def end(self, turn: Turn, event: Event) -> None:
+        """Its turn ends well."""
+
     def fail(self, room: Room, turn: Turn, event: Event, error: BaseException) -> None:
         """Stage another attempt."""
 
@@ -239,6 +242,7 @@ class Turns:
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
             await self._end_failed_alarm(cell, room, worker, event, error)
             return
+        self.alarms.end(turn, event)
         self._finish(cell, turn, [wire.EFFECTS, turn.effects])
         self.alarms.ended(cell, event)
 

@@ -305,6 +305,40 @@ def test_in_its_turn_it_is_no_more_and_what_is_set_again_stays(tmp_path):
     play(tmp_path, script, Main)
 
 
+@pytest.mark.parametrize("is_on_disk", [True, False])
+def test_what_another_turn_has_set_anew_meanwhile_outlives_the_alarm_s_end(tmp_path, is_on_disk):
+    """S29: whether that is on disk or not when the alarm's turn ends."""
+    runs = []
+
+    class Main(Server):
+        concurrency = "interleave"
+
+        def on_message(self, message):
+            self.room.storage.set_alarm(message, "a", message)
+
+        async def on_alarm(self, alarm):
+            runs.append((alarm.payload, round(now())))
+            await trio.sleep(5)
+
+    async def script(house: House) -> None:
+        await house.tell(1)
+        await trio.sleep(3)
+        assert runs == [(1, 1)]
+        end_round = house.commits.end_round
+        if not is_on_disk:
+            house.pool._flush = lambda: None
+        await house.tell(20)
+        assert (house.pool.cells["main/r"].gate == 0) is is_on_disk
+        await trio.sleep(5)
+        house.pool._flush = end_round
+        house.commits.end_round()
+        await trio.sleep(100)
+        assert runs == [(1, 1), (20, 23)]
+        assert house.alarms.counts()["alarms"] == 0
+
+    play(tmp_path, script, Main)
+
+
 def test_a_later_turn_reads_what_is_not_on_disk_and_an_earlier_one_may_take_it_back(tmp_path):
     """An alarm that was given out and then deleted, or set anew, by the turn before is not run."""
     seen: list[Any] = []

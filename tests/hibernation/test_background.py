@@ -13,7 +13,7 @@ from trio.testing import MockClock
 
 import hibernation.background
 import hibernation.pool
-from broker import Server
+from broker import RoomGone, Server
 from hibernation import wire
 from hibernation.background import Background
 from hibernation.cells import Cell
@@ -269,6 +269,66 @@ def test_when_the_gateway_goes_it_goes_on_in_the_same_object():
         assert (site.pool.awake, site.pool.cells) == (0, {})
 
     play(Worker, script)
+
+
+def test_a_stream_that_the_gateway_has_taken_along_keeps_nobody_awake():
+    """S6, S34: one that was to begin when its turn is on disk, and does not begin any more."""
+
+    async def script(site: Site) -> None:
+        site.message("work")
+        await settle()
+        site.cell.streams += 1
+        site.pool.forget()
+        await trio.sleep(2)
+        assert (site.pool.awake, site.cell.streams) == (1, 1)
+        await trio.sleep(5)
+        assert site.broadcasts()[-1] == "end 31"
+        assert (site.pool.awake, site.pool.cells) == (0, {})
+
+    play(Worker, script)
+
+
+@pytest.mark.parametrize("ends_by", ["gateway", "timeout"])
+def test_what_a_cancelled_turn_has_started_in_it_is_no_part_of_it_any_more(ends_by):
+    """S20, S34: its effects would leave, and those of the turn that is run again, too."""
+    raised: list[type[BaseException]] = []
+
+    class Main(Server):
+        turn_timeout = 1.0
+
+        async def on_message(self, message, sender):
+            if message == "work":
+                self.room.start_soon(self.work)
+            else:
+                self.nursery.start_soon(self.part)
+                await trio.sleep_forever()
+
+        async def work(self):
+            async with trio.open_nursery() as self.nursery:
+                await trio.sleep(10)
+            self.room.broadcast("end")
+
+        async def part(self):
+            self.room.broadcast("never")
+            await trio.sleep(3)
+            try:
+                self.room.broadcast("never")
+                await self.room.flush()
+            except RoomGone as error:
+                raised.append(type(error))
+
+    async def script(site: Site) -> None:
+        site.message("work")
+        await settle()
+        site.message("turn")
+        await settle()
+        if ends_by == "gateway":
+            site.pool.forget()
+        await trio.sleep(20)
+        assert (raised, site.broadcasts()) == ([RoomGone], ["end"])
+        assert (site.pool.awake, site.pool.cells) == (0, {})
+
+    play(Main, script)
 
 
 def test_when_the_gateway_goes_what_is_not_on_disk_stays_known():

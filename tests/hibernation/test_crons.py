@@ -205,6 +205,35 @@ def test_a_tick_is_recorded_before_it_is_run_and_not_run_by_the_next_host(tmp_pa
     play(tmp_path, Main, script)
 
 
+def test_a_claim_that_waits_for_the_disk_while_gateways_change_is_run_once(tmp_path, clock):
+    calls = []
+
+    class Main(Server):
+        crons = {"each": "* * * * *"}
+
+        @staticmethod
+        def on_cron(cron):
+            calls.append(cron.scheduled_at.strftime("%H:%M"))
+
+    async def script(crons, disk, pool):
+        crons.open()
+        disk.flush()
+        disk.dies = True
+        await trio.sleep(60)
+        crons.close()
+        crons.open()
+        await trio.sleep(1)
+        assert [claimed.last_ms for claimed, _ in disk.waiting] == [NOW + 30_000] * 2
+        disk.dies = False
+        disk.flush()
+        await trio.sleep(1)
+        assert calls == ["12:01"]
+        await trio.sleep(60)
+        assert calls == ["12:01", "12:02"]
+
+    play(tmp_path, Main, script)
+
+
 def test_a_hook_that_takes_too_long_is_cancelled_and_a_tick_meanwhile_left_out(tmp_path, clock):
     calls = []
 
