@@ -96,6 +96,7 @@ class Server:
     alarm_payload_bytes_max: ClassVar[int]
     alarm_tries: ClassVar[int]
     background_max: ClassVar[int]
+    sql_timeout: ClassVar[float]
     fetch_timeout: ClassVar[float]
     fetch_bytes_max: ClassVar[int]
     message_bytes_max: ClassVar[int]

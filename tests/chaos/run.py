@@ -5,6 +5,7 @@ report. Peers: `instance`, `clients`, `killer`, `checker`, `planting`.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from tests.chaos.checker import BLAME_SECONDS, KINDS, Report, Silence, check
 from tests.chaos.clients import Options
-from tests.chaos.history import Event, read
+from tests.chaos.history import CLIENTS, Event, read
 from tests.chaos.instance import KINDS as PROCESSES
 from tests.chaos.instance import ROOT, Instance
 from tests.chaos.killer import Killer, Plan
@@ -29,6 +30,8 @@ __all__ = ["Outcome", "chaos", "main", "summary"]
 COMMANDS = ("reload", "upgrade")
 #: How long the clients may need to finish: their own deadline, and then some.
 FINISH_SECONDS = 150.0
+#: How long the killer waits for half of the clients to be there.
+HALF_THERE_SECONDS = 60.0
 
 
 @dataclass
@@ -63,6 +66,9 @@ def chaos(folder: Path, options: Options, plan: Plan, *arguments: str) -> Outcom
             [sys.executable, "-m", "tests.chaos.clients", options.to_json()], stdin=subprocess.PIPE, cwd=ROOT
         )
         try:
+            deadline = time.monotonic() + HALF_THERE_SECONDS
+            while _opened(folder) < options.connections // 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
             Killer(instance, plan).run(lambda: clients.poll() is None)
             assert clients.stdin is not None
             clients.stdin.close()
@@ -72,6 +78,13 @@ def chaos(folder: Path, options: Options, plan: Plan, *arguments: str) -> Outcom
             clients.wait()
     events = read(folder)
     return judge(events, plan, time.monotonic() - began)
+
+
+def _opened(folder: Path) -> int:
+    """How many connections have been opened so far."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / CLIENTS).read_bytes().count(b'"open"')
+    return 0
 
 
 def judge(events: list[Event], plan: Plan, seconds: float) -> Outcome:
