@@ -53,6 +53,7 @@ def run(quick: bool) -> list[Figure]:
                         "anonymous": grown.anonymous / count,
                         "gateway": parts[0].pss / count,
                         "host": parts[1].pss / count,
+                        "keeper": parts[2].pss / count,
                         "idle CPU ms/s": idle.total / 1000 / seconds,
                     },
                 )
@@ -61,4 +62,4 @@ def run(quick: bool) -> list[Figure]:
 
 
 def _parts(broker: Broker) -> list[Memory]:
-    return [sum(map(memory_of, pids), Memory()) for pids in (broker.gateways, broker.hosts)]
+    return [sum(map(memory_of, pids), Memory()) for pids in (broker.gateways, broker.hosts, broker.keepers)]

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from hibernation.admin import AdminClient
+from hibernation.admin import AdminClient, processes_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = Path(__file__).with_name("rooms.py")
@@ -165,6 +165,7 @@ class Broker(Server):
             stats = client.ask("stats")
         self.gateways: list[int] = stats["gateways"]
         self.hosts: list[int] = stats["hosts"]
+        self.keepers = processes_of(self.data, "keeper")
 
     def stats(self) -> dict[str, object]:
         """What `broker stats --json` shows."""
@@ -179,7 +180,7 @@ class Broker(Server):
 
     def memory(self) -> Memory:
         """Memory of all its processes, the supervisor included."""
-        return sum(map(memory_of, [self.pid, *self.gateways, *self.hosts]), Memory())
+        return sum(map(memory_of, [self.pid, *self.gateways, *self.hosts, *self.keepers]), Memory())
 
     def stop(self) -> None:
         try:
