@@ -2,11 +2,13 @@
 (S14, S22, S34).
 """
 
+import itertools
 import json
 import os
 import random
 import signal
 import socket
+import threading
 import time
 import urllib.request
 from collections import Counter
@@ -263,14 +265,15 @@ def test_closes_come_once(broker_: BrokerProcess) -> None:
 
 def test_who_comes_in_meanwhile(broker_: BrokerProcess) -> None:
     """S9: whoever has read the 101 is connected, whenever the gateway dies; the others may try again."""
-    stop = time.monotonic() + 4
+    deadline = time.monotonic() + 60
+    done = threading.Event()
     opened: list[RawClient] = []
     failed = 0
 
     def come(part: int) -> None:
         nonlocal failed
         number = 0
-        while time.monotonic() < stop:
+        while not done.is_set():
             number += 1
             try:
                 client = broker_.connect(f"/party/room?_pk=n{part}-{number}")
@@ -282,9 +285,12 @@ def test_who_comes_in_meanwhile(broker_: BrokerProcess) -> None:
     with ThreadPoolExecutor(3) as pool:
         for part in range(2):
             pool.submit(come, part)
-        while time.monotonic() < stop:
-            time.sleep(0.5)
+        for kills in itertools.count():
+            if (kills >= 6 and len(opened) > 50) or time.monotonic() > deadline:
+                break
+            time.sleep(0.5 * (1 + kills / 4))  # a machine that is busy needs longer to let anybody in
             broker_.kill("gateway")
+        done.set()
     assert len(opened) > 50
     for client in opened:
         assert str(client.receive()).startswith("welcome n")

@@ -172,7 +172,7 @@ def test_silence_is_pinged_and_the_dead_are_closed(pinging, room):
     assert pings >= 1
     [event] = pinging.events(room, "closed")
     assert (event["id"], event["code"], event["cause"]) == ("dead", 1006, "ping_timeout")
-    assert {each["id"] for each in pinging.broker.connections(room=room)} == {"alive", "talking"}
+    eventually(lambda: {each["id"] for each in pinging.broker.connections(room=room)} == {"alive", "talking"})
     assert len(pinging.events(room, "constructed")) == 1  # for the close turn alone
     assert dead.receive_frame()[0] == PING
     assert dead.at_eof()
