@@ -408,13 +408,19 @@ def test_a_start_without_a_zone_is_refused():
 # --- Deaths --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [None, *GATEWAY_POINTS])
-def test_no_death_of_a_gateway_loses_or_doubles_anything(at):  # S22, S34
+DEATHS = [
+    *(("gateway", at) for at in (None, *GATEWAY_POINTS)),
+    *(("host", at) for at in (None, "before_commit", "after_commit")),
+]
+
+
+@pytest.mark.parametrize(("who", "at"), DEATHS)
+def test_no_death_loses_or_doubles_anything(who, at):  # S22, S34
     with Kit(Counter) as kit:
         anna = kit.connect("room", id="anna")
         bob = kit.connect("room", id="bob")
         anna.send("a")
-        kit.crash_gateway(at=at)
+        getattr(kit, f"crash_{who}")(at=at)
         anna.send("b")
         anna.send("c")
         kit.advance(1)
@@ -425,23 +431,6 @@ def test_no_death_of_a_gateway_loses_or_doubles_anything(at):  # S22, S34
         bob.expect_nothing(5)
         assert kit.room("room").storage == {"count": 3}
         assert anna.close() == Closed(1000, "", clean=True)
-
-
-@pytest.mark.parametrize("at", [None, "before_commit", "after_commit"])
-def test_no_death_of_a_host_loses_or_doubles_anything(at):  # S22, S34
-    with Kit(Counter) as kit:
-        anna = kit.connect("room", id="anna")
-        bob = kit.connect("room", id="bob")
-        anna.send("a")
-        kit.crash_host(at=at)
-        anna.send("b")
-        anna.send("c")
-        kit.advance(1)
-        assert kit.deaths == 1
-        anna.expect("1 a", "done", "2 b", "done", "3 c", "done")
-        bob.expect("1 a", "2 b", "3 c")
-        anna.expect_nothing(5)
-        assert kit.room("room").storage == {"count": 3}
 
 
 def test_both_die_one_after_the_other():
