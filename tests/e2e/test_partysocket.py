@@ -1,6 +1,7 @@
 """The npm package partysocket, unmodified, on ws and Node: what DESIGN promises its users."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -348,14 +349,23 @@ def test_fetch(app: BrokerProcess, driver: Driver) -> None:
     assert driver.fetch(party="chat-room")["status"] == 404  # it has no on_request
 
 
-def test_the_broker_is_restarted(broker: BrokerFactory) -> None:
-    """A stop closes 1012, and clients come back when it runs again, under their ids."""
+@contextlib.contextmanager
+def five_sockets(broker: BrokerFactory) -> Iterator[tuple[BrokerProcess, Driver, list[Socket]]]:
+    """Open sockets c0 to c4, which have been greeted, on a broker of their own."""
     app = broker(APP)
     driver = Driver(app.port)
     try:
         sockets = [driver.open(id=f"c{number}") for number in range(5)]
         for socket in sockets:
             hello(socket)
+        yield app, driver, sockets
+    finally:
+        driver.close()
+
+
+def test_the_broker_is_restarted(broker: BrokerFactory) -> None:
+    """A stop closes 1012, and clients come back when it runs again, under their ids."""
+    with five_sockets(broker) as (app, driver, sockets):
         app.stop()
         for number, socket in enumerate(sockets):
             eventually(lambda socket=socket: socket.events("close"), "a close")  # type: ignore[misc]
@@ -367,18 +377,11 @@ def test_the_broker_is_restarted(broker: BrokerFactory) -> None:
             assert socket.messages(3)[2] == f"after {number}"
         closes = json.loads(driver.fetch(path="closes")["text"])
         assert sorted(closes) == [[f"c{number}", 1012, "server_close"] for number in range(5)]
-    finally:
-        driver.close()
 
 
 def test_the_gateway_is_killed(broker: BrokerFactory) -> None:
     """S34: no socket closes, and what was sent meanwhile is answered, in order and once."""
-    app = broker(APP)
-    driver = Driver(app.port)
-    try:
-        sockets = [driver.open(id=f"c{number}") for number in range(5)]
-        for socket in sockets:
-            hello(socket)
+    with five_sockets(broker) as (app, driver, sockets):
         app.kill("gateway")
         for socket in sockets:
             socket.send(*(f"message {number}" for number in range(20)))
@@ -386,18 +389,11 @@ def test_the_gateway_is_killed(broker: BrokerFactory) -> None:
             assert socket.messages(21)[1:] == [f"message {number}" for number in range(20)]
             assert not socket.events("close")
         assert json.loads(driver.fetch(path="closes")["text"]) == []
-    finally:
-        driver.close()
 
 
 def test_gateway_and_keeper_are_killed(broker: BrokerFactory) -> None:
     """S35: the sockets die with both; each connection gets its on_close, and the clients come back."""
-    app = broker(APP)
-    driver = Driver(app.port)
-    try:
-        sockets = [driver.open(id=f"c{number}") for number in range(5)]
-        for socket in sockets:
-            hello(socket)
+    with five_sockets(broker) as (app, driver, sockets):
         app.kill("keeper", "gateway")
         for number, socket in enumerate(sockets):
             assert hello(socket, 1)["hello"] == f"c{number}"
@@ -406,5 +402,3 @@ def test_gateway_and_keeper_are_killed(broker: BrokerFactory) -> None:
         eventually(
             lambda: sorted(json.loads(driver.fetch(path="closes")["text"])) == expected, "their close turns"
         )
-    finally:
-        driver.close()
