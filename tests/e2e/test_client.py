@@ -655,6 +655,19 @@ async def read_head(stream: trio.abc.ReceiveStream) -> bytes:
     return head
 
 
+async def hear_to_the_end(stream: trio.SocketStream) -> None:
+    """Read whatever comes, until the client has gone."""
+    with contextlib.suppress(trio.BrokenResourceError):
+        while await stream.receive_some():
+            pass
+
+
+async def mute(stream: trio.SocketStream) -> None:
+    """A server that accepts, and says nothing more."""
+    await stream.send_all(accepted(await read_head(stream)))
+    await hear_to_the_end(stream)
+
+
 def accepted(head: bytes) -> bytes:
     """A 101 to a handshake."""
     import base64
@@ -767,14 +780,8 @@ def test_tls(tmp_path: Path) -> None:
 def test_a_network_that_is_dead() -> None:
     """The connection is open and nothing comes any more, no answer to a ping either."""
 
-    async def handler(stream: trio.SocketStream) -> None:
-        await stream.send_all(accepted(await read_head(stream)))
-        with contextlib.suppress(trio.BrokenResourceError):
-            while await stream.receive_some():
-                pass
-
     async def main() -> None:
-        async with server(handler) as host:
+        async with server(mute) as host:
             quick = {"ping_interval_seconds": 0.05, "ping_timeout_seconds": 0.1}
             async with PartySocket(host, "x", **quick, **FAST) as lost:  # type: ignore[arg-type]
                 kinds = []
@@ -898,9 +905,7 @@ def test_what_a_server_must_not_send(name: str) -> None:
 
     async def handler(stream: trio.SocketStream) -> None:
         await stream.send_all(accepted(await read_head(stream)) + frame)
-        with contextlib.suppress(trio.BrokenResourceError):
-            while await stream.receive_some():
-                pass
+        await hear_to_the_end(stream)
 
     async def main() -> None:
         async with server(handler) as host:
@@ -931,14 +936,8 @@ def test_a_ping_that_comes_after_our_close() -> None:
 
 
 def test_a_server_that_does_not_answer_our_close() -> None:
-    async def handler(stream: trio.SocketStream) -> None:
-        await stream.send_all(accepted(await read_head(stream)))
-        with contextlib.suppress(trio.BrokenResourceError):
-            while await stream.receive_some():
-                pass
-
     async def main() -> None:
-        async with server(handler) as host, PartySocket(host, "x", close_timeout_seconds=0.1) as socket:
+        async with server(mute) as host, PartySocket(host, "x", close_timeout_seconds=0.1) as socket:
             await socket.wait_open()
             await socket.close()
             assert socket.last_close == Closed(1000, "", False, None)
@@ -1017,9 +1016,7 @@ def test_cancellation_in_every_state(state: str) -> None:
         head = await read_head(stream)
         if state != "connecting":
             await stream.send_all(accepted(head))
-        with contextlib.suppress(trio.BrokenResourceError):
-            while await stream.receive_some():
-                pass
+        await hear_to_the_end(stream)
 
     async def main() -> None:
         options: dict[str, Any] = {"close_timeout_seconds": 3600.0, "delay_min_seconds": 3600.0}
@@ -1095,14 +1092,8 @@ def test_leaving_in_every_state(state: str) -> None:
 
 
 def test_a_close_that_is_cancelled_ends_the_connection(app: BrokerProcess) -> None:
-    async def handler(stream: trio.SocketStream) -> None:
-        await stream.send_all(accepted(await read_head(stream)))
-        with contextlib.suppress(trio.BrokenResourceError):
-            while await stream.receive_some():
-                pass
-
     async def main() -> None:
-        async with server(handler) as host:
+        async with server(mute) as host:
             async with PartySocket(host, "x", close_timeout_seconds=3600.0) as socket:
                 await socket.wait_open()
                 with trio.move_on_after(0.05):
