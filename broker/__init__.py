@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from broker.server import Server
 from hibernation.auto_responses import AutoResponse
+from hibernation.connection import Connection, ConnectionContext
 from hibernation.crons import Cron
 from hibernation.errors import (
     AppError,
@@ -36,8 +37,9 @@ from hibernation.errors import (
 )
 from hibernation.mounted import mount
 from hibernation.neighbours import OtherRoom, Parties, PartyRooms
-from hibernation.room import Connection, ConnectionContext, Lobby, Room, Storage
+from hibernation.room import Lobby, Room
 from hibernation.room_alarms import Alarm
+from hibernation.room_storage import Storage
 from hibernation.sse import sse
 from storage.errors import (
     DataDirectoryError,

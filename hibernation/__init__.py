@@ -11,8 +11,14 @@ Between the processes:
 The host, which runs room code and owns no socket of a client:
     host           the process: link, shards, start and end
     pool, cells    workers, ready rooms, waking and eviction; the records of all this
-    turns, room    what an event means to a room; what room code holds in its hands
-    exchanges, requests    HTTP on the room's side
+    turns          what an event means to a room
+    room, connection, room_storage    what room code holds in its hands
+    staging, outgoing    what a turn has staged; the forms of what it says
+    overlap, background    turns that overlap; work beside the turns
+    exchanges, requests, replies, feeds, sse    HTTP on the room's side
+    neighbours     rooms that reach rooms
+    mounted, static_files    applications and files beside the rooms
+    blame, suspects, probation, running    whom to blame for a host's death
     alarms, alarm_book, room_alarms    alarms: waking, order, what room code sees
     crons, cron, wall_clock    ticks, expressions, the time of day
     commits        what is on disk before what leaves

@@ -23,9 +23,10 @@ from hibernation.errors import HookError
 from hibernation.hooks import HOOKS
 from hibernation.logs import get_logger
 from hibernation.pool import Pool
-from hibernation.room import Room, Turn
+from hibernation.room import Room
 from hibernation.room_alarms import Alarm
 from hibernation.running import ALARM
+from hibernation.staging import Turn
 from hibernation.wall_clock import from_now_ms, now_ms, wait_until_ms
 from storage.alarms import AlarmRow, AlarmTable, DueRow
 from storage.shards import Shard

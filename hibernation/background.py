@@ -25,8 +25,9 @@ import trio
 from hibernation import wire
 from hibernation.cells import Cell
 from hibernation.pool import LOOK_SECONDS, Pool
-from hibernation.room import Beside, Room, Task, Turn
+from hibernation.room import Room
 from hibernation.running import FAILED
+from hibernation.staging import Beside, Task, Turn
 from hibernation.suspension import watched
 
 __all__ = ["CLEAN_UP_SECONDS", "Background", "Work"]

@@ -19,8 +19,9 @@ from storage.shards import Row, ShardBatch
 
 if TYPE_CHECKING:
     from hibernation.background import Work
+    from hibernation.connection import Connection
     from hibernation.overlap import Overlap
-    from hibernation.room import Connection, Room
+    from hibernation.room import Room
     from storage.room_database import RoomDatabase
 
 #: What commits by itself: a shard, by its index, or a room's own database, by the room's key.

@@ -42,8 +42,9 @@ from cbor2 import dumps
 
 from hibernation import wire
 from hibernation.cells import Batch, Cell, Store
+from hibernation.connection import Connection
 from hibernation.logs import get_logger
-from hibernation.room import Beside, Connection, Turn
+from hibernation.staging import Beside, Turn
 from storage.blame import BlameBatch
 from storage.crons import CronRow
 from storage.errors import BrokerError, CommitRefused, SqlError

@@ -24,9 +24,10 @@ from hibernation.neighbours import Parties, Switchboard
 from hibernation.pool import Pool
 from hibernation.probation import Errand
 from hibernation.replies import Reply
-from hibernation.room import Lobby, Room, Turn, leave_turn
+from hibernation.room import Lobby, Room
 from hibernation.running import ASKING, OTHER, Mark
 from hibernation.settings import Settings
+from hibernation.staging import Turn, leave_turn
 from hibernation.suspects import Verdict
 from hibernation.suspension import watched
 from hibernation.turns import Turns

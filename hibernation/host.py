@@ -47,6 +47,7 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.code import code_of
 from hibernation.commits import Commits
 from hibernation.configuration import HostConfig, report
+from hibernation.connection import Connection
 from hibernation.crons import Crons, main_party
 from hibernation.errors import RoomGone, UnknownParty
 from hibernation.exchanges import Exchanges
@@ -54,8 +55,8 @@ from hibernation.link import Link, LinkError, StreamDecoder, encode
 from hibernation.logs import get_logger
 from hibernation.party import Party
 from hibernation.pool import Pool
-from hibernation.room import Connection, Edit, Turn, running_turn
 from hibernation.settings import Settings
+from hibernation.staging import Edit, Turn, running_turn
 from hibernation.turns import Turns
 from hibernation.watchdog import Watchdog
 from storage.errors import BrokerError

@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote, urlencode
 
 from hibernation import wire
 from hibernation.errors import FetchCircle, FetchTimeout, LimitExceeded
-from hibernation.room import Message, _criteria, _size, _text, frame_data
+from hibernation.outgoing import Message, criteria_of, frame_data, size_of, text
 from hibernation.settings import Settings
 
 if TYPE_CHECKING:
@@ -219,9 +219,9 @@ class OtherRoom:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
         data = frame_data(message)
-        ids = [_text(each, "an id") for each in ((without,) if isinstance(without, str) else without)]
-        criteria = _criteria(tag, all_of, any_of, none_of)
-        self._parties._stage([wire.BROADCAST, self.key, data, ids, *criteria], _size(data))
+        ids = [text(each, "an id") for each in ((without,) if isinstance(without, str) else without)]
+        criteria = criteria_of(tag, all_of, any_of, none_of)
+        self._parties._stage([wire.BROADCAST, self.key, data, ids, *criteria], size_of(data))
 
 
 def check_room_id(room_id: str) -> str:

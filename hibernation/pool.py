@@ -31,9 +31,10 @@ from hibernation.errors import TurnTimeout
 from hibernation.memory import Trimmer
 from hibernation.overlap import Overlap
 from hibernation.probation import HEAD_START_SECONDS, Errand, Probation
-from hibernation.room import Backstage, Room, Turn
+from hibernation.room import Backstage, Room
 from hibernation.running import STARTING, Running, mark_of, mark_of_start
 from hibernation.settings import Settings
+from hibernation.staging import Turn
 from hibernation.suspects import REMEMBER_SECONDS, Suspect, Verdict
 from hibernation.suspension import watched
 from storage.clock import monotonic

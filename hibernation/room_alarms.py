@@ -2,8 +2,8 @@
 
 Owns what a point in time may be written as, and the bounds of an alarm. Stages in the running turn; what is
 read is this turn's own changes over what the host knows, which are those of earlier turns over what is on
-disk. Peers: `hibernation.room`, whose `Storage` these methods are part of, and `hibernation.alarms`, which
-runs what is due.
+disk. Peers: `hibernation.room_storage`, whose `Storage` these methods are part of, and `hibernation.alarms`,
+which runs what is due.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -18,7 +18,8 @@ from storage.alarms import AlarmRow, alarm_name_bytes
 from storage.values import decode, encode
 
 if TYPE_CHECKING:
-    from hibernation.room import Room, Turn
+    from hibernation.room import Room
+    from hibernation.staging import Turn
 
 __all__ = ["DEFAULT_NAME", "Alarm", "AlarmMethods", "AlarmSource", "when_ms"]
 
@@ -88,7 +89,7 @@ class Alarm:
 
 
 class AlarmMethods:
-    """Part of `hibernation.room.Storage`."""
+    """Part of `hibernation.room_storage.Storage`."""
 
     __slots__ = ()
 

@@ -2,7 +2,7 @@
 
 Owns the calling of hooks and what becomes of their failures. Must not know the link or the disk: results go
 to `finish` of the host. Peers: `hibernation.pool`, which gives each room one turn at a time, and
-`hibernation.room`, where a turn is staged.
+`hibernation.staging`, where a turn is staged.
 """
 
 import traceback
@@ -15,9 +15,11 @@ from cbor2 import loads
 
 from hibernation import wire
 from hibernation.cells import Cell, Event, Kind, Worker
+from hibernation.connection import Connection, ConnectionContext
 from hibernation.errors import DeadLetter, TurnTimeout
 from hibernation.logs import get_logger
-from hibernation.room import Connection, ConnectionContext, Room, Turn, check_tags
+from hibernation.outgoing import check_tags
+from hibernation.room import Room
 from hibernation.room_alarms import Alarm
 from hibernation.running import (
     ALARM,
@@ -30,6 +32,7 @@ from hibernation.running import (
     REPLAYING,
     mark_of,
 )
+from hibernation.staging import Turn
 from hibernation.suspects import Suspect
 from hibernation.suspension import carry_on, watched
 from storage.alarms import AlarmRow

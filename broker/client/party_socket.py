@@ -25,7 +25,7 @@ from broker.client.http import RESPONSE_BYTES_MAX, TIMEOUT_SECONDS, FetchRespons
 from broker.client.lifecycle import Lifecycle, State
 from broker.client.options import AddressOptions, Options, SocketOptions
 from broker.client.transport import Ending, Plan, hold
-from hibernation.room import frame_data
+from hibernation.outgoing import frame_data
 
 __all__ = ["PartySocket"]
 

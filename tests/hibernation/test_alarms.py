@@ -21,9 +21,10 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.commits import Commits
 from hibernation.party import make_parties
 from hibernation.pool import Pool
-from hibernation.room import Room, Turn
+from hibernation.room import Room
 from hibernation.room_alarms import when_ms
 from hibernation.settings import Settings
+from hibernation.staging import Turn
 from hibernation.turns import Turns
 from storage.alarms import AlarmRow
 from storage.shards import Shard

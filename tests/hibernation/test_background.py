@@ -19,7 +19,7 @@ from hibernation.background import Background
 from hibernation.cells import Cell
 from hibernation.explanation import explain
 from hibernation.probation import Probation
-from hibernation.room import Turn
+from hibernation.staging import Turn
 from hibernation.suspects import Suspects
 from tests.hibernation.test_pool import House, Log, settle
 

@@ -23,8 +23,10 @@ from hibernation.cells import Batch, Cell, Kind
 from hibernation.commits import Commits
 from hibernation.errors import LimitExceeded, RoomGone
 from hibernation.party import make_parties
-from hibernation.room import TRANSACTIONS_MAX, Beside, Room, Storage, Turn
+from hibernation.room import Room
+from hibernation.room_storage import TRANSACTIONS_MAX, Storage
 from hibernation.settings import Settings
+from hibernation.staging import Beside, Turn
 from storage.alarms import BEFORE_ALL, AlarmRow, AlarmTable
 from storage.errors import (
     BrokerError,

@@ -19,8 +19,9 @@ from hibernation.cells import Cell, Event, Kind, Worker
 from hibernation.errors import TurnTimeout
 from hibernation.party import make_parties
 from hibernation.pool import PARKED_MAX, Pool
-from hibernation.room import Room, Turn
+from hibernation.room import Room
 from hibernation.settings import Settings
+from hibernation.staging import Turn
 from hibernation.turns import Turns
 
 CARD = wire.make_card("c1", "ws://h/party/r", b"")

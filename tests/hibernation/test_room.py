@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hibernation import wire
+from hibernation.connection import Connection
 from hibernation.errors import ConnectionClosedError, LimitExceeded, RoomGone
 from hibernation.link import encode as encode_for_link
-from hibernation.room import Connection, Room, Turn
+from hibernation.room import Room
 from hibernation.settings import Settings
+from hibernation.staging import Turn
 from storage.alarms import AlarmRow
 from storage.errors import StorageLimitError, ValueEncodingError
 from storage.values import decode, encode
