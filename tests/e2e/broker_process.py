@@ -48,6 +48,11 @@ def eventually(condition: Callable[[], T], what: str = "", seconds: float = DEAD
         time.sleep(0.01)
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that another process appends to, but for one that is half written; none without it."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
 class BrokerProcess:
     """One instance: a supervisor with its gateway and hosts; a context manager that starts and stops it.
 

@@ -13,7 +13,7 @@ import pytest
 
 from hibernation import wire
 from hibernation.admin import AdminError
-from tests.e2e.broker_process import BrokerProcess, eventually
+from tests.e2e.broker_process import BrokerProcess, eventually, whole_lines
 from tests.e2e.conftest import BrokerFactory
 
 pytestmark = pytest.mark.e2e
@@ -96,7 +96,7 @@ def site(module_broker: BrokerFactory) -> BrokerProcess:
 def journal(broker: BrokerProcess, *words: str) -> list[str]:
     """The lines that begin with these words, without them."""
     file = broker.folder / "journal"
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = whole_lines(file)
     start = " ".join(words) + " "
     return [line.removeprefix(start) for line in lines if line.startswith(start)]
 

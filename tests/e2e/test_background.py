@@ -30,6 +30,8 @@ APP = """
     class Main(Server):
         '''A chat with a stand-in for a model, which says a word each time somebody nods.'''
 
+        outbox_bytes_max = 16 << 20  # more than a whole flood: the slow one is the gateway, not the client
+
         def __init__(self, room):
             self.nods = trio.Semaphore(0)
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from hibernation.admin import AdminError
-from tests.e2e.broker_process import ROOT, BrokerProcess, eventually
+from tests.e2e.broker_process import ROOT, BrokerProcess, eventually, whole_lines
 from tests.e2e.conftest import BrokerFactory
 from tests.e2e.raw_client import PING, PONG, RawClient
 
@@ -101,7 +101,7 @@ class Site:
     def journal(self, *start: str) -> list[str]:
         """The lines that begin with these words, without them."""
         file = self.broker.folder / "journal"
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = whole_lines(file)
         words = " ".join(start) + " "
         return [line.removeprefix(words) for line in lines if line.startswith(words)]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.broker_process import eventually
+from tests.e2e.broker_process import eventually, whole_lines
 from tests.e2e.raw_client import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, RawClient, encode_frame
 
 pytestmark = pytest.mark.e2e
@@ -117,7 +117,7 @@ class Instance:
 
     def events(self, room: str, event: str | None = None) -> list[dict]:
         log = self.broker.folder / "events.jsonl"
-        noted = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        noted = [json.loads(line) for line in whole_lines(log)]
         return [each for each in noted if each["room"] == room and event in (None, each["event"])]
 
 

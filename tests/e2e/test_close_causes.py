@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.broker_process import BrokerProcess, eventually
+from tests.e2e.broker_process import BrokerProcess, eventually, whole_lines
 from tests.e2e.conftest import BrokerFactory
 from tests.e2e.raw_client import CLOSE, CONTINUATION, PING, TEXT, RawClient, encode_frame
 
@@ -69,7 +69,7 @@ def instance(module_broker: BrokerFactory) -> Iterator[BrokerProcess]:
 def closes(instance: BrokerProcess) -> list[tuple[str, str, int, str, bool]]:
     """What `on_close` was told, call by call."""
     log = Path(instance.folder) / "closes.jsonl"
-    return [tuple(json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
+    return [tuple(json.loads(line)) for line in whole_lines(log)]
 
 
 def replace(instance: BrokerProcess, client: RawClient) -> None:

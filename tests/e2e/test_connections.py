@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.broker_process import BrokerProcess, eventually
+from tests.e2e.broker_process import BrokerProcess, eventually, whole_lines
 from tests.e2e.raw_client import CLOSE, PING, PONG, TEXT, RawClient, encode_frame
 
 pytestmark = pytest.mark.e2e
@@ -312,8 +312,7 @@ class Instance:
     def events(self, room: str, event: str | None = None) -> list[dict]:
         """What the rooms with this id have noted."""
         log = self.broker.folder / "events.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        noted = [json.loads(line) for line in lines]
+        noted = [json.loads(line) for line in whole_lines(log)]
         return [each for each in noted if each["room"] == room and event in (None, each["event"])]
 
     def closed(self, room: str, count: int = 1) -> list[dict]:

@@ -79,7 +79,7 @@ def test_a_stopped_host_is_killed_before_its_successor_opens_its_shards(broker: 
         with injected([stopped], "pwrite64", "signal=STOP:when=1"):
             client.send("b")
             eventually(lambda: stands(stopped), "a host that is stopped inside its transaction")
-        assert state_of(stopped) == "T"
+        eventually(lambda: state_of(stopped) == "T", "the stop to outlast its tracer")
         other.send("c")
         # Whenever there is a host that serves, it is the only one that lives.
         eventually(lambda: set(site.host_pids()) - {stopped} and site.stats()["ready"], "successor", 60)
@@ -110,7 +110,7 @@ def test_nobody_else_opens_a_shard_while_its_stopped_owner_lives(tmp_path: Path)
                 owner.stdin.write("go\n")
                 owner.stdin.flush()
                 eventually(lambda: stands(owner.pid), "an owner that is stopped inside its commit")
-            assert state_of(owner.pid) == "T"
+            eventually(lambda: state_of(owner.pid) == "T", "the stop to outlast its tracer")
             with pytest.raises(DataDirectoryInUse) as refused:
                 Shard(tmp_path, 0, durability="full")
             assert refused.value.holder in (owner.pid, None)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.broker_process import BrokerProcess, eventually
+from tests.e2e.broker_process import BrokerProcess, eventually, whole_lines
 from tests.e2e.conftest import BrokerFactory
 from tests.e2e.raw_client import BINARY, CONTINUATION, PING, PONG, TEXT, RawClient, encode_frame
 
@@ -105,7 +105,7 @@ class Site:
     def journal(self, kind: str, connection: str | None = None) -> list[str]:
         """What was finished, in order: the lines of one kind, without it."""
         file = self.folder / "journal"
-        lines = file.read_text().splitlines() if file.exists() else []
+        lines = whole_lines(file)
         start = kind + " " + ("" if connection is None else connection + " ")
         return [line.removeprefix(start) for line in lines if (line + " ").startswith(start)]
 

@@ -24,6 +24,7 @@ from hibernation.plan import Commands, Plan, Timing
 from hibernation.processes import ProcessList, started_at_ticks
 from hibernation.settings import Settings
 from hibernation.supervisor import Supervisor
+from tests.e2e.broker_process import whole_lines
 
 __all__ = [
     "PROGRAM",
@@ -221,8 +222,7 @@ class Stage:
         return [int(line.rsplit(" ", 1)[1]) for line in self._lines() if line.startswith(what + " ")]
 
     def _lines(self) -> list[str]:
-        path = self.folder / "journal"
-        return path.read_text().splitlines() if path.exists() else []
+        return whole_lines(self.folder / "journal")
 
     def read(self, name: str) -> Any:
         return json.loads((self.folder / name).read_text())
