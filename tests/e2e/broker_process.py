@@ -49,7 +49,7 @@ def eventually(condition: Callable[[], T], what: str = "", seconds: float = DEAD
 
 
 def whole_lines(path: Path) -> list[str]:
-    """The lines of a file that another process appends to, but for one that is half written; none without it."""
+    """The lines of a file that another process appends to, without a half-written last one; no file, none."""
     return path.read_text().split("\n")[:-1] if path.exists() else []
 
 
