@@ -11,13 +11,13 @@ SOURCES := broker hibernation storage tests $(wildcard docs/examples)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench check format tools lock clean
+.PHONY: help setup demo test bench check lint types format tools lock clean
 
 help:
 	@echo "make demo    set up and start the demo chat on port 1999"
 	@echo "make test    set up and run all tests (T=path or T='-k words' narrows them)"
 	@echo "make bench   set up and run the benchmarks"
-	@echo "make check   lint (ruff, flake8-async) and types (mypy strict)"
+	@echo "make check   lint (ruff, flake8-async) and types (mypy strict); with -j2 side by side"
 	@echo "make format  let ruff format and sort imports"
 	@echo "make tools   install Chromium, nginx, openssl, strace and the Node packages of the tests (root, Debian)"
 	@echo "make lock    resolve requirements*.txt anew"
@@ -41,10 +41,14 @@ test: setup
 bench: setup
 	$(BIN)/python -m tests.benchmarks $(B)
 
-check: setup
+check: lint types
+
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/flake8 $(SOURCES)
+
+types: setup
 	$(BIN)/mypy
 
 format: setup
