@@ -143,6 +143,8 @@ class RoomRules:
         room.own_answers = rules
         room.answers = Answers(rules, room.party.auto_responses) if rules else room.party.answers
 
-    def _of(self, key: str) -> list[Rule]:
+    def _of(self, key: str) -> tuple[Rule, ...]:
+        """A tuple, since all rooms that have none share the empty one."""
         blob = self.unsaved[key] if key in self.unsaved else self._read(key)
-        return [] if blob is None else [(request, reply, prefix) for request, reply, prefix in loads(blob)]
+        rules = () if blob is None else loads(blob)
+        return tuple((request, reply, prefix) for request, reply, prefix in rules)

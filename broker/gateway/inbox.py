@@ -168,19 +168,20 @@ class Inbox:
             return
         room = table.room[slot]
         assert room is not None
+        party = room.party
         link = self._links.by_shard[room.shard]
         consumed = table.consumed[slot]
         position = table.parsed[slot] - consumed
         last_end = table.last_end[slot]
         inflight = last_end - consumed if last_end > consumed else 0
-        events_max = room.events_max
-        if room.party.overlaps:
+        events_max = party.inflight_events_max
+        if party.overlaps:
             events_max = self._share(slot, room)
         if (
             link is None
             or inflight >= self._inflight_bytes_max
             or room.inflight_events >= events_max
-            or room.inflight_bytes >= room.bytes_max
+            or room.inflight_bytes >= party.inflight_bytes_max
             or link.inflight_bytes >= link.bytes_max
         ):
             self._defer(slot, room, link)
@@ -197,8 +198,8 @@ class Inbox:
         except OSError:
             self.on_gone(slot)
             return
-        limit = room.party.message_bytes_max
-        wants = room.party.wants_message
+        limit = party.message_bytes_max
+        wants = party.wants_message
         answers = room.answers
         answered = 0
         most = self._inbox_bytes_max if spill_over_bytes is None else spill_over_bytes
@@ -454,8 +455,9 @@ class Inbox:
         shares = room.shares
         if shares is None:
             shares = room.shares = {}
-        left = max(room.events_max // SHARE, 1) - shares.get(slot, 0)
-        return min(room.events_max, room.inflight_events + left)
+        most = room.party.inflight_events_max
+        left = max(most // SHARE, 1) - shares.get(slot, 0)
+        return min(most, room.inflight_events + left)
 
     def _defer(self, slot: int, room: RoomRecord, link: HostLink | None) -> None:
         """Leave a connection's data for later: until its own, its room's or its link's next
@@ -467,7 +469,7 @@ class Inbox:
         flags[slot] |= DEFERRED
         if link is None:
             return  # when the host is back every connection of its shards is looked at
-        if room.inflight_events >= room.events_max or room.inflight_bytes >= room.bytes_max:
+        if room.is_full:
             room.wait(slot)
         elif link.is_full:
             link.waiting.append(slot)
@@ -517,7 +519,7 @@ class Inbox:
     def resume_waiting(self, room: RoomRecord) -> None:
         """An event of the room is acknowledged: go on with what had to wait for that."""
         waiting = room.waiting
-        while waiting and room.inflight_events < room.events_max and room.inflight_bytes < room.bytes_max:
+        while waiting and not room.is_full:
             self._resume(waiting.popleft())
 
     def _resume(self, slot: int) -> None:

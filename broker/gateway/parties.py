@@ -31,6 +31,8 @@ class PartyView:
     wants_fetch: bool
     streams_requests: bool
     message_bytes_max: int
+    inflight_events_max: int
+    inflight_bytes_max: int
     auto_responses: tuple[Rule, ...]
     answers: Answers | None
 
@@ -56,6 +58,8 @@ class PartyView:
             wants_fetch="on_fetch" in hooks or description.get("static", False),
             streams_requests=description.get("stream_requests", False),
             message_bytes_max=settings.message_bytes_max,
+            inflight_events_max=settings.room_inflight_events_max,
+            inflight_bytes_max=settings.room_inflight_bytes_max,
             auto_responses=rules,
             answers=Answers(rules) if rules else None,
         )

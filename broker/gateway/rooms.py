@@ -32,9 +32,7 @@ class RoomRecord:
     __slots__ = (
         "answers",
         "arriving",
-        "bytes_max",
         "count",
-        "events_max",
         "first",
         "held",
         "inflight_bytes",
@@ -57,8 +55,6 @@ class RoomRecord:
         #: long as nobody has looked.
         self.answers: Answers | None = party.answers
         self.own_answers: Sequence[Rule] | None = None
-        self.events_max = party.settings.room_inflight_events_max
-        self.bytes_max = party.settings.room_inflight_bytes_max
         self.first = NONE
         self.last = NONE
         self.count = 0
@@ -76,6 +72,15 @@ class RoomRecord:
         self.waiting: deque[int] | None = None
         #: Made by the first question about tags while there are more than SCANNED_MAX members.
         self.tags: TagIndex | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether as many of its events are in flight as may be, or as many bytes (S24)."""
+        party = self.party
+        return (
+            self.inflight_events >= party.inflight_events_max
+            or self.inflight_bytes >= party.inflight_bytes_max
+        )
 
     def wait(self, slot: int) -> None:
         """Remember that this connection has data which must wait for an acknowledgement."""

@@ -15,10 +15,7 @@ from hibernation import wire
 
 def record(key: str) -> RoomRecord:
     """A room of a party without settings of its own."""
-    party: Any = SimpleNamespace(
-        settings=SimpleNamespace(room_inflight_events_max=256, room_inflight_bytes_max=4 << 20),
-        answers=None,
-    )
+    party: Any = SimpleNamespace(answers=None)
     return RoomRecord(key, party, 0)
 
 

@@ -75,6 +75,8 @@ class Rig:
         party: Any = SimpleNamespace(
             settings=self.settings,
             message_bytes_max=self.settings.message_bytes_max,
+            inflight_events_max=self.settings.room_inflight_events_max,
+            inflight_bytes_max=self.settings.room_inflight_bytes_max,
             wants_message=wants_message,
             overlaps=overlaps,
             answers=answers,
@@ -416,7 +418,7 @@ class InboxMachine(RuleBasedStateMachine):
             assert rig.table.consumed[slot] <= rig.table.parsed[slot] <= self.written[slot]
         rig.counts_are_true()
         for room in rig.rooms:
-            assert room.inflight_events <= room.events_max
+            assert room.inflight_events <= room.party.inflight_events_max
 
     def finish(self):
         """Everything comes in the end, whatever happened on the way."""

@@ -14,8 +14,7 @@ from hibernation import wire
 
 
 def record(key: str) -> RoomRecord:
-    settings = SimpleNamespace(room_inflight_events_max=256, room_inflight_bytes_max=4 << 20)
-    party: Any = SimpleNamespace(settings=settings, answers=None)
+    party: Any = SimpleNamespace(answers=None)
     return RoomRecord(key, party, 0)
 
 
