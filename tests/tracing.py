@@ -17,7 +17,9 @@ from tests.tools import program
 
 __all__ = ["injected", "traced"]
 
-ATTACH_SECONDS = 20.0
+ATTACH_SECONDS = 60.0
+#: For each of the ways to end it, of which the last lets go of whatever it held.
+DETACH_SECONDS = 20.0
 
 
 @contextlib.contextmanager
@@ -28,27 +30,46 @@ def traced(pids: Sequence[int], *options: str, log: Path | None = None) -> Itera
         command += ["-p", str(pid)]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
-        _wait_for_attachment(tracer, len(pids))
+        _wait_for_attachment(tracer, pids)
         yield
     finally:
-        tracer.terminate()
-        tracer.communicate(timeout=30)
+        _end(tracer, pids)
 
 
 @contextlib.contextmanager
-def injected(pids: Sequence[int], call: str, what: str) -> Iterator[None]:
-    """While the block runs, have `what` happen at `call`: `error=EIO:when=2`."""
+def injected(pids: Sequence[int], call: str, what: str, *, log: Path | None = None) -> Iterator[None]:
+    """While the block runs, have `what` happen at `call`: `error=EIO:when=2`. The calls, and the signals that
+    come, are written to `log`.
+    """
     options = ("-e", f"trace={call}", "-e", f"inject={call}:{what}")
-    with traced(pids, *options):
+    with traced(pids, *options, log=log):
         yield
 
 
-def _wait_for_attachment(tracer: "subprocess.Popen[bytes]", processes: int) -> None:
+def _end(tracer: "subprocess.Popen[bytes]", pids: Sequence[int]) -> None:
+    """End strace: by itself where all that it traces has died: a signal might make it wait for ever."""
+    steps = [lambda: None] if not any(_runs(pid) for pid in pids) else []
+    for step in (*steps, tracer.terminate, tracer.kill):
+        step()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            tracer.communicate(timeout=DETACH_SECONDS)
+            return
+    raise RuntimeError("strace does not end")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _wait_for_attachment(tracer: "subprocess.Popen[bytes]", pids: Sequence[int]) -> None:
     assert tracer.stderr is not None
     deadline = time.monotonic() + ATTACH_SECONDS
     said = b""
-    # A process of several threads is said to be attached once.
-    while said.count(b"attached") < processes:
+    # A process of several threads is said to be attached once, and each that it starts later on, too.
+    while not all(b"Process %d attached" % pid in said for pid in pids):
         if not select.select([tracer.stderr], [], [], max(0.0, deadline - time.monotonic()))[0]:
             raise RuntimeError(f"strace does not attach: {said!r}")
         data = os.read(tracer.stderr.fileno(), 4096)

@@ -40,7 +40,7 @@ CALLS: dict[str, tuple[str, ...]] = {
 #: The instance is replaced after so many points, so that the supervisor's pauses stay short.
 POINTS_PER_INSTANCE = 5
 #: A process that is not there after so long is none that this broker has.
-START_SECONDS = 10.0
+START_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from hibernation.admin import AdminClient, AdminError
+from hibernation.admin import AdminClient, AdminError, SupervisorClient
 from hibernation.processes import ProcessList
 from tests.e2e.raw_client import RawClient
 
@@ -31,7 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 #: How long anything may take before a test gives it up: far more than it needs on a busy machine.
 DEADLINE_SECONDS = 20.0
 
-_READY = re.compile(r"ready on http://(\S+):(\d+)")
+#: The same for the start of an instance, and for its stop, in which each process may have to be waited for.
+START_SECONDS = 60.0
+STOP_SECONDS = 60.0
+
+_READY = re.compile(r"ready on http://(\S+):(\d+)\n")
 
 T = TypeVar("T")
 
@@ -129,17 +133,17 @@ class BrokerProcess:
 
     def _wait_until_ready(self) -> int:
         assert self._process is not None and self._process.stdout is not None
-        output = self._process.stdout
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        output = self._process.stdout.fileno()  # past its buffer, which `select` knows nothing of
+        deadline = time.monotonic() + START_SECONDS
         text = ""
         while time.monotonic() < deadline:
             if not select.select([output], [], [], 0.1)[0]:
                 continue
-            line = output.readline()
-            text += line
-            if found := _READY.search(line):
+            data = os.read(output, 1 << 16)
+            text += data.decode(errors="replace")
+            if found := _READY.search(text):
                 return int(found[2])
-            if not line:
+            if not data:
                 break
         raise AssertionError(f"the broker did not start: {text!r}\n{self.log}")
 
@@ -155,7 +159,7 @@ class BrokerProcess:
         try:
             process.send_signal(signal.SIGTERM)
             try:
-                status = process.wait(DEADLINE_SECONDS)
+                status = process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"the broker did not stop:\n{self.log}") from None
             assert status == 0, f"status {status}:\n{self.log}"
@@ -255,27 +259,42 @@ class BrokerProcess:
     # --- Misfortunes
 
     def signal_hosts(self, number: int) -> list[int]:
-        """Send a signal to every host; returns their process ids."""
-        pids = self.host_pids()
-        assert pids
+        """Send a signal to every host; returns their process ids. Between two hosts it waits for the next."""
+        pids = eventually(self.host_pids, "a host")
         for pid in pids:
-            os.kill(pid, number)
+            with contextlib.suppress(ProcessLookupError):  # one that was being replaced has gone since
+                os.kill(pid, number)
         return pids
 
-    def kill_host(self, number: int = signal.SIGKILL, *, wait_for_next: bool = True) -> None:
-        """End every host by a signal and wait until each has gone, and until its successor is linked."""
+    def kill_host(self, number: int = signal.SIGKILL, *, wait_for_next: bool = True) -> list[int]:
+        """End every host by a signal and wait until each has gone, and until its successor is linked; returns
+        the process ids of those that have gone.
+        """
         before = self.signal_hosts(number)
         eventually(lambda: not any(_runs(pid) for pid in before), f"end of hosts {before}")
         if wait_for_next:
             self.wait_for_hosts(len(before), without=before)
+        return before
+
+    def reload(self) -> list[int]:
+        """Have all hosts replaced, also those that have just died and whose successors would keep waiting;
+        returns the process ids of the new ones, to which the gateway has its links.
+        """
+        with SupervisorClient(self.data) as client:
+            hosts: list[int] = client.ask("reload")["hosts"]
+        return hosts
 
     def kill(self, *kinds: str, number: int = signal.SIGKILL) -> list[int]:
         """End the processes of these kinds ("gateway", "keeper", "host"), all at once; returns when they have
         gone.
         """
         pids = [pid for kind in kinds for pid in eventually(partial(self._listed, kind), f"a {kind}")]
-        for pid in pids:
-            os.kill(pid, number)
+        # All of them stand still before the first dies, so that none can help another's successor meanwhile.
+        numbers = [signal.SIGSTOP, number] if number == signal.SIGKILL and len(pids) > 1 else [number]
+        for each in numbers:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, each)
         eventually(lambda: not any(_runs(pid) for pid in pids), f"end of {kinds}")
         return pids
 

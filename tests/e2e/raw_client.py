@@ -191,8 +191,10 @@ class RawClient:
         self.send_frame(CLOSE, b"" if code is None else struct.pack(">H", code) + reason.encode())
 
     def send_bytes(self, raw: bytes) -> None:
-        """Write bytes as they are."""
-        self.sock.sendall(raw)
+        """Write bytes as they are. The deadline is that of each step: many bytes may take longer."""
+        left = memoryview(raw)
+        while left:
+            left = left[self.sock.send(left) :]
 
     def receive_frame(self) -> tuple[int, bytes]:
         """The next frame: opcode and payload. A server's frames are unmasked and, here, never fragments."""

@@ -5,6 +5,7 @@ disk is well again every message is handled once and in order, without anybody's
 """
 
 import contextlib
+import errno
 import os
 import subprocess
 import urllib.error
@@ -12,7 +13,7 @@ import urllib.request
 
 import pytest
 
-from tests.e2e.broker_process import BrokerProcess, eventually
+from tests.e2e.broker_process import DEADLINE_SECONDS, BrokerProcess, eventually
 from tests.e2e.conftest import BrokerFactory
 from tests.e2e.raw_client import RawClient
 from tests.tools import missing
@@ -86,12 +87,13 @@ class TestFsync:
             # The hosts that come next are children of the supervisor, and traced with it.
             with injected([site.pid, before], "fdatasync", "error=EIO:when=1+"):
                 send(client, 2, 1 + MESSAGES)
-                eventually(lambda: before not in site.host_pids(), "end of the first host")
                 ends = "host ended, starting it again"
-                eventually(lambda: len(site.log_events(ends)) >= 2, "end of another host")
+                # Under its tracer a host takes its time to start.
+                eventually(lambda: len(site.log_events(ends)) >= 2, "end of another host", 90)
+                assert before not in site.host_pids()
                 assert client.is_silent()
                 assert site.stats()["connections"] == 1, "the gateway answers"
-                assert not site.stats()["ready"], "health says so"
+                eventually(lambda: not site.stats()["ready"], "health that says so")
             answers(client, 2, 1 + MESSAGES)
             assert site.stats()["closes"] == {}
 
@@ -121,9 +123,18 @@ class Disk:
 
     def leave(self, size: int) -> None:
         """Leave about `size` bytes free."""
-        found = os.statvfs(self._folder)
         with self._ballast.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - size)
+
+            def is_filled() -> bool:
+                found = os.statvfs(self._folder)
+                try:
+                    os.posix_fallocate(file.fileno(), 0, found.f_bavail * found.f_frsize - size)
+                except OSError as error:  # the broker has written something since
+                    assert error.errno == errno.ENOSPC, error
+                    return False
+                return True
+
+            eventually(is_filled, "a disk that is full")
 
     def give_back(self) -> None:
         self._ballast.unlink()
@@ -131,7 +142,7 @@ class Disk:
 
 def health(site: BrokerProcess) -> int:
     try:
-        with urllib.request.urlopen(site.url("/_broker/health"), timeout=10) as answer:
+        with urllib.request.urlopen(site.url("/_broker/health"), timeout=DEADLINE_SECONDS) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         error.close()

@@ -9,14 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from storage.errors import DataDirectoryInUse
 from storage.shards import Shard
-from tests.e2e.broker_process import eventually
+from tests.e2e.broker_process import eventually, whole_lines
 from tests.e2e.conftest import BrokerFactory
 from tests.tracing import injected
 
@@ -55,31 +54,26 @@ def state_of(pid: int) -> str:
         return ""
 
 
-def stands(pid: int) -> bool:
-    """Whether no thread of a process runs, or has run, for some tenths of a second.
-
-    A process that is traced stands for a moment at every call: only one that is stopped goes on standing.
-    """
-    for _ in range(30):
-        threads = Path(f"/proc/{pid}/task").iterdir()
-        states = {(thread / "stat").read_text().rpartition(")")[2].split()[0] for thread in threads}
-        if not states <= {"t", "T"}:
-            return False
-        time.sleep(0.01)
-    return True
+def wait_for_stop(log: Path) -> None:
+    """Wait until the tracer says that the process is stopped, and not only stands at a call for a moment."""
+    eventually(lambda: "--- stopped by SIGSTOP ---" in "".join(whole_lines(log)), "a process that is stopped")
 
 
-def test_a_stopped_host_is_killed_before_its_successor_opens_its_shards(broker: BrokerFactory) -> None:
-    site = broker(APP)
+def test_a_stopped_host_is_killed_before_its_successor_opens_its_shards(
+    broker: BrokerFactory, tmp_path: Path
+) -> None:
+    site = broker(APP, hang_timeout=5)
+    log = tmp_path / "calls"
     with site.connect("/party/room") as client, site.connect("/party/other") as other:
         client.timeout_seconds = other.timeout_seconds = 60
         client.send("a")
         assert client.receive() == "1 a"
         [stopped] = site.host_pids()
-        with injected([stopped], "pwrite64", "signal=STOP:when=1"):
+        with injected([stopped], "pwrite64", "signal=STOP:when=1", log=log):
             client.send("b")
-            eventually(lambda: stands(stopped), "a host that is stopped inside its transaction")
-        eventually(lambda: state_of(stopped) == "T", "the stop to outlast its tracer")
+            wait_for_stop(log)
+        # Or it has been killed by now.
+        eventually(lambda: state_of(stopped) in ("T", "", "Z"), "the stop to outlast its tracer")
         other.send("c")
         # Whenever there is a host that serves, it is the only one that lives.
         eventually(lambda: set(site.host_pids()) - {stopped} and site.stats()["ready"], "successor", 60)
@@ -106,10 +100,11 @@ def test_nobody_else_opens_a_shard_while_its_stopped_owner_lives(tmp_path: Path)
         try:
             assert owner.stdin is not None and owner.stdout is not None
             assert owner.stdout.readline() == "open\n"
-            with injected([owner.pid], "pwrite64", "signal=STOP:when=1"):
+            log = tmp_path / "calls"
+            with injected([owner.pid], "pwrite64", "signal=STOP:when=1", log=log):
                 owner.stdin.write("go\n")
                 owner.stdin.flush()
-                eventually(lambda: stands(owner.pid), "an owner that is stopped inside its commit")
+                wait_for_stop(log)
             eventually(lambda: state_of(owner.pid) == "T", "the stop to outlast its tracer")
             with pytest.raises(DataDirectoryInUse) as refused:
                 Shard(tmp_path, 0, durability="full")

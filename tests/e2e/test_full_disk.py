@@ -51,7 +51,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 def fill(folder: Path, left: int = 0) -> Path:
     """Take all that the file system has, but for `left` bytes."""
     file = folder / "ballast"
-    with file.open("wb") as opened:
+    with file.open("wb", buffering=0) as opened:
         while True:
             disk = os.statvfs(folder)
             size = min(disk.f_bavail * disk.f_frsize - left, 1 << 20)
@@ -59,7 +59,6 @@ def fill(folder: Path, left: int = 0) -> Path:
                 return file
             try:
                 opened.write(bytes(size))
-                opened.flush()
             except OSError:
                 return file
 
@@ -107,8 +106,8 @@ def test_rooms_wait_for_the_disk_and_go_on_by_themselves(small: Path, durability
         for number in range(3):
             assert writer.receive() == f"{number} {number + 2}"
         assert [other.receive(), other.receive()] == ["waits 2", "and waits 3"]
-        eventually(lambda: site.stats()["paused"] is None, "its end")
-        assert health(site) == (200, "ready\n")
+        eventually(lambda: health(site) == (200, "ready\n"), "its end")
+        assert site.stats()["paused"] is None
         assert site.host_pids() == hosts
         assert len(site.log_events("the disk refuses a commit: rooms that wait for it pause")) == 1
         assert len(site.log_events("the disk takes commits again: rooms go on")) == 1

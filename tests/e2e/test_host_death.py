@@ -76,6 +76,8 @@ class Counter(Server):
         return ["listener"] if connection.id == "listener" else []
 """
 
+#: Nobody is pinged, and nothing closed or killed, because a test, or the machine, takes its time.
+PATIENCE = {"ping_interval_seconds": 600, "close_timeout_seconds": 30, "hang_timeout": 60}
 MESSAGES = 1000
 SIZES = [1, 2, 100, 125, 126, 1000, 65_535, 65_536, 98_000, 98_304, 98_305, 200_000, 524_288, 1_048_576]
 
@@ -132,15 +134,21 @@ class Site:
 
     def unconsumed(self, *clients: RawClient) -> int:
         """Bytes that these clients have sent and that wait: unread in the kernel, or spilled by anybody."""
-        return sum(self.broker.unread_bytes(client.local_port) for client in clients) + sum(
-            file.stat().st_size for file in (self.broker.data / "spill").iterdir()
-        )
+        return sum(self.broker.unread_bytes(client.local_port) for client in clients) + self.spilled()
+
+    def spilled(self) -> int:
+        """Bytes in all spill files."""
+        total = 0
+        for file in (self.broker.data / "spill").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # it has been used up since
+                total += file.stat().st_size
+        return total
 
 
 @pytest.fixture
 def site(broker: BrokerFactory) -> Iterator[Site]:
     # One for each test: after each death the supervisor waits longer before it starts the next host.
-    site = Site(broker(APP))
+    site = Site(broker(APP, **PATIENCE))
     yield site
     eventually(lambda: not site.broker.connections(), "end of all connections")
     eventually(lambda: not list((site.broker.data / "spill").iterdir()), "no spill file")
@@ -199,7 +207,7 @@ def test_a_thousand_pipelined_messages(site: Site, way: str) -> None:
         site.waits(len(raw), client)
         assert site.journal("message") == []
         site.broker.kill_host(wait_for_next=False)
-        assert site.unconsumed(client) == len(raw)
+        site.waits(len(raw), client)
         assert client.is_silent()
         site.broker.wait_for_hosts(1, without=before["hosts"])
     assert [client.receive() for _ in range(MESSAGES)] == [f"message {number}" for number in range(MESSAGES)]
@@ -348,6 +356,8 @@ def test_killed_at_any_moment(site: Site) -> None:
             stack.enter_context(site.broker.connect(f"/parties/counter/{room}?_pk=c{number}"))
             for number, room in enumerate(rooms)
         ]
+        for client in [listener, *clients]:
+            client.timeout_seconds = 60  # the supervisor waits longer from death to death
         pool = stack.enter_context(ThreadPoolExecutor(2 * len(clients) + 1))
         raw = b"".join(frame(f"{number}") for number in range(count))
         sending: list[Future[Any]] = [pool.submit(client.send_bytes, raw) for client in clients]
@@ -393,12 +403,12 @@ def test_connect_turns_in_flight(site: Site) -> None:
                 client = stack.enter_context(site.broker.connect(f"/party/doors?_pk={name}"))
                 client.send_bytes(frame("first") + frame(b"x" * 200_000) + frame("last"))
                 clients[name] = client
-            site.broker.kill_host(wait_for_next=False)
+            before = site.broker.kill_host(wait_for_next=False)
             # While there is no host somebody comes, and somebody goes.
             late = stack.enter_context(site.broker.connect("/party/doors?_pk=late"))
             gone = clients.pop("new7")
             gone.close()
-            site.broker.wait_for_hosts()
+            site.broker.wait_for_hosts(without=before)
             site.broker.kill_host()
         for name, client in clients.items():
             assert client.receive() == f"welcome {name}"
@@ -461,14 +471,7 @@ def test_messages_and_the_end_behind_them(site: Site, way: str, size: int) -> No
         with site.hold("message"):
             for client in clients.values():
                 client.send_bytes(raw)
-            eventually(
-                lambda: (
-                    sum(site.broker.unread_bytes(client.local_port) for client in clients.values())
-                    + sum(file.stat().st_size for file in (site.broker.data / "spill").iterdir())
-                    == len(raw) * len(clients)
-                ),
-                "everything waits",
-            )
+            site.waits(len(raw) * len(clients), *clients.values())
             for client in clients.values():
                 if way == "close":
                     client.send_close(4000, "bye")
@@ -509,11 +512,11 @@ def test_closes_of_the_server_in_flight(broker: BrokerFactory) -> None:
         for client in (slow, mute):
             client.send("please")
             assert client.expect_close() == (4001, "go")
-        site.broker.kill_host()
+        site.broker.kill_host(wait_for_next=False)
         slow.send("too late")
         slow.send_close(4001, "go")
         assert slow.at_eof()
-        eventually(lambda: site.journal("close") == ["slow 4001 go True server_close"], "a close turn")
+        eventually(lambda: site.journal("close", "slow") == ["4001 go True server_close"], "a close turn")
         assert mute.at_eof()  # after close_timeout_seconds
         eventually(lambda: len(site.journal("close")) == 2, "the other's")
         assert site.journal("close", "mute") == ["4001 go False server_close"]
@@ -524,16 +527,15 @@ def test_closes_of_the_server_in_flight(broker: BrokerFactory) -> None:
 
 def test_the_rooms_of_other_hosts_do_not_notice(broker: BrokerFactory) -> None:
     """S34."""
-    site = Site(broker(APP, hosts=2))
+    site = Site(broker(APP, hosts=2, **PATIENCE))
     clients = [site.connect(f"/party/{number}", "client") for number in range(16)]
     site.forget()
     first, second = site.broker.host_pids()
     os.kill(first, signal.SIGSTOP)
     for client in clients:
         client.send("during")
-    eventually(lambda: len(site.journal("message")) >= 1, "the other host's rooms")
-    answered = [client for client in clients if not client.is_silent(0.2)]
-    assert 0 < len(answered) < len(clients)
+    eventually(lambda: not all(client.is_silent() for client in clients), "the other host's rooms")
+    assert any(client.is_silent(0.2) for client in clients), "the rooms of the host that stands still"
     os.kill(first, signal.SIGKILL)
     for client in clients:
         assert client.receive() == "during"

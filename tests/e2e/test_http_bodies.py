@@ -309,7 +309,10 @@ def test_a_streamed_body_may_stay_unread(instance, room):
         upload = Upload(instance, f"/parties/streams/{room}{path}", BODY_BYTES)
         assert upload.answer()[0] == status
         upload.close()
-    assert any("for on_request alone" in str(event) for event in instance.process.log_events())
+    eventually(
+        lambda: any("for on_request alone" in str(event) for event in instance.process.log_events()),
+        "a line of the log",
+    )
 
 
 @pytest.mark.parametrize("party", ["main", "streams"])

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import socket
 import struct
 import threading
@@ -25,12 +26,13 @@ APP = """
 
     from broker import Server
 
-    LOG = Path(__file__).with_name("events.jsonl")
+    FOLDER = Path(__file__).parent
+    LOG = FOLDER / "events.jsonl"
+    WAITING = set()
 
 
-    def spin(seconds):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
+    def spin(released):
+        while not released.exists():
             pass
 
 
@@ -50,7 +52,14 @@ APP = """
             match word:
                 case "forever":
                     sender.send("never")
-                    await trio.sleep_forever()
+                    WAITING.add(self.room.id)
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        WAITING.discard(self.room.id)
+                case "waiting":
+                    sender.send("yes" if rest in WAITING else "no")
+                    return
                 case "stubborn":
                     with trio.CancelScope(shield=True):
                         await trio.sleep(float(rest))
@@ -61,9 +70,9 @@ APP = """
                         sender.send("swallowed")
                         return
                 case "block":
-                    time.sleep(float(rest))
+                    (FOLDER / rest).read_text()
                 case "spin":
-                    spin(float(rest))
+                    spin(FOLDER / rest)
                 case "exit":
                     sys.exit(3)
                 case "interrupt":
@@ -83,10 +92,20 @@ APP = """
                     sender.send("went on")
                 case "slow":
                     await trio.sleep(float(rest))
+                case "brief":
+                    began = time.monotonic()
+                    try:
+                        await trio.sleep(0.05)
+                    finally:
+                        self.note("brief", seconds=time.monotonic() - began)
             sender.send(f"did {word}")
 
         async def on_close(self, connection, code, reason, was_clean):
             self.note("closed", id=connection.id, code=code, cause=connection.close_cause)
+
+
+    class Patient(Main):
+        turn_timeout = 60
 
 
     class Tells(Main):
@@ -129,15 +148,15 @@ class Instance:
 
 @pytest.fixture(scope="module")
 def pinging(module_broker):
-    """A broker that pings after a second of silence and gives two more seconds."""
+    """A broker that pings after a second of silence and gives three more seconds."""
     return Instance(
-        module_broker(APP, ping_interval_seconds=1, ping_timeout_seconds=2, turns_per_room_burst=1)
+        module_broker(APP, ping_interval_seconds=1, ping_timeout_seconds=3, turns_per_room_burst=1)
     )
 
 
 @pytest.fixture(scope="module")
 def instance(module_broker):
-    instance = Instance(module_broker(APP))
+    instance = Instance(module_broker(APP, hang_timeout=60))
     yield instance
     assert instance.broker.host_pids() == instance.hosts
 
@@ -154,44 +173,44 @@ def room() -> str:
 
 
 def test_silence_is_pinged_and_the_dead_are_closed(pinging, room):
-    """S15: who answers stays; who does not is closed, and listed no more; nobody is woken by pings."""
-    alive, dead = pinging.connect(room, "alive"), pinging.connect(room, "dead")
-    talking = pinging.connect(room, "talking")
-    pings = 0
+    """S15: who answers stays, and who sends, be it the bytes of one message, one by one; who does not is
+    closed, and listed no more; nobody is woken by pings.
+    """
     started = time.monotonic()
-    while not pinging.events(room, "closed"):
-        assert time.monotonic() - started < 10
+    alive, dead = pinging.connect(room, "alive"), pinging.connect(room, "dead")
+    talking, writing = pinging.connect(room, "talking"), pinging.connect(room, "writing")
+    staying = {"alive", "talking", "writing"}
+    pings = 0
+    frame = encode_frame(TEXT, b"x" * 10_000)
+    written = 0
+
+    def dead_is_closed() -> bool:
+        nonlocal pings, written
         if not alive.is_silent(0.05):
             opcode, payload = alive.receive_frame()
             assert opcode == PING
             alive.send_frame(PONG, payload)
             pings += 1
         talking.send_bytes(encode_frame(PONG, b"any byte counts"))
-    lived = time.monotonic() - started
-    assert 2.0 < lived < 8
+        writing.send_bytes(frame[written : written + 1])
+        written += 1
+        return bool(pinging.events(room, "closed"))
+
+    eventually(dead_is_closed)
+    assert time.monotonic() - started > 3.5, "it had its time"
     assert pings >= 1
     [event] = pinging.events(room, "closed")
     assert (event["id"], event["code"], event["cause"]) == ("dead", 1006, "ping_timeout")
-    eventually(lambda: {each["id"] for each in pinging.broker.connections(room=room)} == {"alive", "talking"})
+    eventually(lambda: {each["id"] for each in pinging.broker.connections(room=room)} == staying)
     assert len(pinging.events(room, "constructed")) == 1  # for the close turn alone
     assert dead.receive_frame()[0] == PING
     assert dead.at_eof()
     alive.send("hello")
     assert alive.receive() == "did hello"
-    for client in (alive, dead, talking):
+    writing.send_bytes(frame[written:])
+    assert writing.receive().startswith("did xxxx")
+    for client in (alive, dead, talking, writing):
         client.close()
-
-
-def test_half_a_frame_is_a_sign_of_life(pinging, room):
-    """S15: a slow sender of one message is not dead."""
-    with pinging.connect(room) as client:
-        frame = encode_frame(TEXT, b"x" * 40)
-        for byte in frame[:40]:
-            client.send_bytes(bytes([byte]))
-            time.sleep(0.1)
-        assert not pinging.events(room, "closed")
-        client.send_bytes(frame[40:])
-        assert client.receive().startswith("did xxxx")
 
 
 def test_a_client_whose_room_is_slow_is_not_dead(pinging, room):
@@ -202,7 +221,7 @@ def test_a_client_whose_room_is_slow_is_not_dead(pinging, room):
         thread.start()
         try:
             started = time.monotonic()
-            while time.monotonic() - started < 7:
+            while time.monotonic() - started < 6:
                 if not client.is_silent(0.1):
                     client.receive_frame()
                 assert not pinging.events(room, "closed")
@@ -257,19 +276,24 @@ def test_a_flood_of_pings_that_are_not_read(instance, room):
 def test_a_handler_that_waits_for_ever(instance, room):
     """S20: it ends with the turn timeout, its effects are discarded, the next message goes on."""
     with instance.connect(room) as client, instance.connect(f"{room}-other") as other:
-        started = time.monotonic()
-        client.send("forever")
+
+        def is_served_meanwhile() -> bool:
+            client.send("forever")
+            for _ in range(5):
+                other.send(f"waiting {room}")
+                if other.receive() == "yes":
+                    return True
+            return False
+
+        eventually(is_served_meanwhile, "an answer of another room while this one waits")
         client.send("next")
-        for _ in range(20):
-            began = time.monotonic()
-            other.send("hello")
-            assert other.receive() == "did hello"
-            assert time.monotonic() - began < 0.25
         assert client.receive() == "did next"
-        assert time.monotonic() - started < 3
-    assert any(
-        "TurnTimeout" in json.dumps(each) and each.get("room") == room
-        for each in instance.broker.log_events()
+    eventually(
+        lambda: any(
+            "TurnTimeout" in json.dumps(each) and each.get("room") == room
+            for each in instance.broker.log_events()
+        ),
+        "a line of the log",
     )
 
 
@@ -295,7 +319,8 @@ def test_an_on_error_that_waits_for_ever(instance, room):
 @pytest.mark.parametrize("word", ["swallow", "stubborn 1.2"])
 def test_a_handler_that_resists_its_end(instance, room, word):
     """S20: it disturbs nobody else, and its room goes on afterwards."""
-    with instance.connect(room) as client, instance.connect(f"{room}-other") as other:
+    other = instance.connect(f"{room}-other", party="patient")
+    with instance.connect(room) as client, other:
         client.send(word)
         client.send("next")
         for _ in range(10):
@@ -312,14 +337,17 @@ def test_turns_that_end_when_they_are_cancelled(instance, room):
     for round_ in range(3):
         for number, client in enumerate(clients):
             client.send(f"slow {0.45 + number * 0.008:.3f}")
-            client.send("slow 0.05")
+            client.send("brief")
             client.send("next")
-        for client in clients:
+        for number, client in enumerate(clients):
             messages = [client.receive()]
             while messages[-1] != "did next":
                 messages.append(client.receive())
-            assert messages[-2] == "did slow"
-            assert len(messages) in (2, 3), (round_, messages)
+            answered = [word for word in ("did slow", "did brief") if word in messages]
+            assert messages == [*answered, "did next"], round_
+            [*_, brief] = instance.events(f"{room}-{number}", "brief")
+            # Cancelled it may be, on a machine that stands still, but not before its own time is over.
+            assert "did brief" in messages or brief["seconds"] > 0.4, round_
     for client in clients:
         client.close()
 
@@ -346,22 +374,23 @@ def test_a_handler_may_cancel_its_own_work(instance, room):
 
 @pytest.mark.parametrize("word", ["block", "spin"])
 def test_a_handler_that_blocks_the_loop_is_named(instance, room, word):
-    """Within a second the log names the room, and shows where its code stands."""
+    """While it does the log names the room, and shows where its code stands."""
+    released = instance.broker.folder / room
+    if word == "block":
+        os.mkfifo(released)  # whoever opens it to read waits for somebody who writes
     with instance.connect(room) as client:
-        before = len(instance.broker.log_events())
-        client.send(f"{word} 1.6")
+        client.send(f"{word} {room}")
         client.send_frame(PING, b"the gateway lives")
         assert client.receive_frame() == (PONG, b"the gateway lives")
-        started = time.monotonic()
+        events = instance.broker.log_events
         [event] = eventually(
-            lambda: [each for each in instance.broker.log_events()[before:] if "stack" in each],
+            lambda: [each for each in events() if "stack" in each and each["room"] == f"main/{room}"],
             "a stack",
-            seconds=1.3,
         )
-        assert time.monotonic() - started < 1.3
-        assert event["room"] == f"main/{room}"
         assert "on_message" in event["stack"]
-        assert ("time.sleep" if word == "block" else "in spin") in event["stack"]
+        assert ("read_text" if word == "block" else "in spin") in event["stack"]
+        assert client.is_silent()
+        released.write_text("go on")
         assert client.receive() == f"did {word}"
 
 
@@ -379,5 +408,9 @@ def test_pings_go_to_no_connection_that_has_closed(pinging, room):
     """RFC 6455, section 5.5.1: nothing follows our Close."""
     with pinging.connect(room) as client:
         client.send_frame(CLOSE, struct.pack(">H", 1000))
-        assert client.expect_close()[0] == 1000
+        frame = client.receive_frame()
+        while frame[0] == PING:  # it has been silent before
+            frame = client.receive_frame()
+        assert frame[0] == CLOSE
+        assert frame[1][:2] == struct.pack(">H", 1000)
         assert client.at_eof()

@@ -329,7 +329,11 @@ def test_a_circle_is_named_at_once(instance, room, length):
         assert circle in answer[1]
     else:
         assert "500" in json.dumps(answer)
-        assert any(circle in str(event) for event in instance.process.log_events("on_request failed"))
+        failures = "on_request failed"
+        eventually(
+            lambda: any(circle in str(event) for event in instance.process.log_events(failures)),
+            "the circle in the log",
+        )
     assert say(client, "fetch", "other", room, "/plain")[0] == 200
 
 
@@ -388,6 +392,7 @@ def test_a_room_that_ends_its_host_is_the_fault_of_who_asked(broker):
     """
     instance = Instance(broker(APP, redelivery_tries=2))
     with contextlib.closing(instance.connect("main", "r")) as client:
+        client.timeout_seconds = 60
         client.send("fetch other r /exit")
         client.send("mine")
         assert json.loads(client.receive()) == [0]
@@ -465,8 +470,10 @@ def test_new_code_while_rooms_wait_for_each_other(broker):
     assert instance.process.stats()["turns"] >= before
     reload = threading.Thread(target=instance.process.command, args=("reload",))
     reload.start()
-    # The old host begins no more turns: that of this message waits for the new one.
-    eventually(lambda: _waits(probe))
+    eventually(lambda: not instance.process.stats()["ready"], "a host that is about to leave")
+    # It begins no more turns: that of this message waits for the new one.
+    probe.send("pid")
+    assert probe.is_silent(0.3)
     instance.release("hold-r")
     assert json.loads(first.receive())[1] == "released"
     assert json.loads(second.receive())[1] == "r 2 main/b"
@@ -474,12 +481,3 @@ def test_new_code_while_rooms_wait_for_each_other(broker):
     reload.join(30)
     assert not reload.is_alive()
     instance.end()
-
-
-def _waits(client: RawClient) -> bool:
-    """Whether a message is not answered within a moment."""
-    client.send("pid")
-    if client.is_silent(0.3):
-        return True
-    client.receive()
-    return False
