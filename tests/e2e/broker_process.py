@@ -130,7 +130,7 @@ class BrokerProcess:
     def _wait_until_ready(self) -> int:
         assert self._process is not None and self._process.stdout is not None
         output = self._process.stdout
-        deadline = time.monotonic() + DEADLINE_SECONDS
+        deadline = time.monotonic() + 3 * DEADLINE_SECONDS  # four processes begin, one after the other
         text = ""
         while time.monotonic() < deadline:
             if not select.select([output], [], [], 0.1)[0]:
@@ -155,7 +155,7 @@ class BrokerProcess:
         try:
             process.send_signal(signal.SIGTERM)
             try:
-                status = process.wait(DEADLINE_SECONDS)
+                status = process.wait(3 * DEADLINE_SECONDS)
             except subprocess.TimeoutExpired:
                 raise AssertionError(f"the broker did not stop:\n{self.log}") from None
             assert status == 0, f"status {status}:\n{self.log}"
@@ -217,19 +217,23 @@ class BrokerProcess:
 
     def gateway_pid(self) -> int:
         """The gateway's process id."""
-        [pid] = self._listed("gateway")
+        [pid] = self._present("gateway")
         return pid
 
     def host_pids(self) -> list[int]:
         """The process ids of the hosts that run, in order of their index."""
         return self._listed("host")
 
+    def _present(self, kind: str) -> list[int]:
+        """The process ids of a kind, one at least: a new process is listed a moment after its start."""
+        return eventually(partial(self._listed, kind), f"a {kind}")
+
     def _listed(self, kind: str) -> list[int]:
         return [pid for name, pid in sorted(ProcessList(self.data).surviving()) if name.startswith(kind)]
 
     def keeper_pid(self) -> int:
         """The keeper's process id."""
-        [pid] = self._listed("keeper")
+        [pid] = self._present("keeper")
         return pid
 
     def _children(self) -> list[int]:
@@ -256,8 +260,7 @@ class BrokerProcess:
 
     def signal_hosts(self, number: int) -> list[int]:
         """Send a signal to every host; returns their process ids."""
-        pids = self.host_pids()
-        assert pids
+        pids = self._present("host")
         for pid in pids:
             os.kill(pid, number)
         return pids
@@ -273,7 +276,7 @@ class BrokerProcess:
         """End the processes of these kinds ("gateway", "keeper", "host"), all at once; returns when they have
         gone.
         """
-        pids = [pid for kind in kinds for pid in eventually(partial(self._listed, kind), f"a {kind}")]
+        pids = [pid for kind in kinds for pid in self._present(kind)]
         for pid in pids:
             os.kill(pid, number)
         eventually(lambda: not any(_runs(pid) for pid in pids), f"end of {kinds}")
