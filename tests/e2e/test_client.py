@@ -1290,7 +1290,7 @@ def test_scripts_that_fail(app: BrokerProcess) -> None:
         broker.client.connect("127.0.0.1:1", "x", timeout=2.5)  # there has been an attempt by then
     with pytest.raises(broker.client.AddressError):
         broker.client.connect(f"127.0.0.1:{app.port}")
-    assert not own_threads()
+    eventually(lambda: not own_threads(), "the end of their threads")
 
 
 def test_a_script_within_trio(app: BrokerProcess) -> None:
@@ -1388,4 +1388,4 @@ def test_a_program_that_ends_without_closing(app: BrokerProcess) -> None:
 
 def test_nothing_is_left(app: BrokerProcess) -> None:
     eventually(lambda: not app.connections(), "no connection")
-    assert not own_threads()
+    eventually(lambda: not own_threads(), "no thread")
