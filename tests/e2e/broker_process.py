@@ -199,18 +199,32 @@ class BrokerProcess:
     # --- Questions
 
     def ask(self, command: str, **parameters: object) -> Any:
-        """What the gateway answers to a command of the command line."""
-        with AdminClient(self.data) as client:
-            return client.ask(command, **parameters)
+        """What the gateway answers to a command of the command line.
+
+        It waits two seconds for a host. One that was given no time for so long is asked again; one that a
+        handler blocks does not answer then, either.
+        """
+        with AdminClient(self.data, timeout_seconds=DEADLINE_SECONDS) as client:
+            try:
+                return client.ask(command, **parameters)
+            except AdminError as error:
+                if "the host does not answer" not in str(error):
+                    raise
+                return client.ask(command, **parameters)
 
     def stats(self) -> dict[str, Any]:
-        """What `broker stats --json` shows, but for what the command line adds."""
+        """What `broker stats --json` shows, but for what the command line adds.
+
+        A host that did not answer in time is not counted: if one is missing that runs, it is asked again.
+        """
         found: dict[str, Any] = self.ask("stats")
+        if any(pid not in found["hosts"] and _runs(pid, "ZXT") for pid in self.host_pids()):
+            found = self.ask("stats")
         return found
 
     def connections(self, **filters: object) -> list[dict[str, Any]]:
         """The rows of `broker connections --json`."""
-        with AdminClient(self.data) as client:
+        with AdminClient(self.data, timeout_seconds=DEADLINE_SECONDS) as client:
             return list(client.pages("connections", "connections", **filters))
 
     @property
@@ -221,19 +235,23 @@ class BrokerProcess:
 
     def gateway_pid(self) -> int:
         """The gateway's process id."""
-        [pid] = self._listed("gateway")
+        [pid] = self._present("gateway")
         return pid
 
     def host_pids(self) -> list[int]:
         """The process ids of the hosts that run, in order of their index."""
         return self._listed("host")
 
+    def _present(self, kind: str) -> list[int]:
+        """The process ids of a kind, one at least: a new process is listed a moment after its start."""
+        return eventually(partial(self._listed, kind), f"a {kind}")
+
     def _listed(self, kind: str) -> list[int]:
         return [pid for name, pid in sorted(ProcessList(self.data).surviving()) if name.startswith(kind)]
 
     def keeper_pid(self) -> int:
         """The keeper's process id."""
-        [pid] = self._listed("keeper")
+        [pid] = self._present("keeper")
         return pid
 
     def _children(self) -> list[int]:
@@ -260,7 +278,7 @@ class BrokerProcess:
 
     def signal_hosts(self, number: int) -> list[int]:
         """Send a signal to every host; returns their process ids. Between two hosts it waits for the next."""
-        pids = eventually(self.host_pids, "a host")
+        pids = self._present("host")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):  # one that was being replaced has gone since
                 os.kill(pid, number)
@@ -288,7 +306,7 @@ class BrokerProcess:
         """End the processes of these kinds ("gateway", "keeper", "host"), all at once; returns when they have
         gone.
         """
-        pids = [pid for kind in kinds for pid in eventually(partial(self._listed, kind), f"a {kind}")]
+        pids = [pid for kind in kinds for pid in self._present(kind)]
         # All of them stand still before the first dies, so that none can help another's successor meanwhile.
         numbers = [signal.SIGSTOP, number] if number == signal.SIGKILL and len(pids) > 1 else [number]
         for each in numbers:
@@ -365,9 +383,10 @@ class BrokerProcess:
                     yield fields
 
 
-def _runs(pid: int) -> bool:
+def _runs(pid: int, ended: str = "ZX") -> bool:
+    """Whether there is the process, in a state that is none of `ended` (proc(5), /proc/PID/stat, field 3)."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return state not in "ZX"
+    return state not in ended

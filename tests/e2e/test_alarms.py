@@ -61,9 +61,11 @@ class Main(Server):
         sender.send([alarm.name for alarm in await storage.list_alarms()])
 
     async def on_alarm(self, alarm):
-        note("alarm", self.room.id, alarm.name, alarm.attempt)
         early = alarm.scheduled_at.timestamp() > time.time()
         todo = alarm.payload
+        while todo == "fail" and alarm.attempt > 1 and not (FOLDER / "again").exists():
+            await trio.sleep(0.01)
+        note("alarm", self.room.id, alarm.name, alarm.attempt)
         if todo == "fail":
             self.room.broadcast("never")
             raise ValueError("as ordered")
@@ -77,8 +79,12 @@ class Main(Server):
         if todo == "kill" and not (FOLDER / "mended").exists():
             self.room.storage.put("never", True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if todo == "wait":
-            await trio.sleep(0.3)
+        if todo == "kill once" and not (FOLDER / "once").exists():
+            self.room.storage.put("never", True)
+            (FOLDER / "once").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        while todo == "wait" and not (FOLDER / "go").exists():
+            await trio.sleep(0.01)
         runs = await self.room.storage.get("runs", 0) + 1
         self.room.storage.put("runs", runs)
         self.room.broadcast({"alarm": alarm.name, "early": early, "payload": todo, "runs": runs})
@@ -146,33 +152,31 @@ def test_an_alarm_that_fails_is_tried_again_and_then_kept_as_failed(site):
         assert client.receive() == '["f"]'
         eventually(lambda: shown()["failures"], "the first failure")
         alarm = shown()
-        assert not alarm["failed"]
+        assert not alarm["failed"]  # the second run, whether it has begun or not, does not end yet
         assert 1.4 < alarm["due_at"] - alarm["scheduled_at"] < 20
         site.kill_host()  # what is known of attempts is on disk
+        (site.folder / "again").touch()
         eventually(lambda: site.stats()["failed_alarms"] == 1, "the last failure")
         assert journal(site, "alarm", "failing") == ["f 1", "f 2"]
-        assert journal(site, "error", "failing") == ["None ValueError False"] * 2
+        told = ["None ValueError False"] * 2
+        eventually(lambda: journal(site, "error", "failing") == told, "on_error, twice")
         status, said = site.command("explain", "failing")
         assert status == 0 and "f: failed after 2 runs: ValueError: as ordered" in said, said
         client.send('{"set": {"f": 0}, "payload": "well"}')
         assert client.receive() == '["f"]'
         assert client.receive() == '{"alarm":"f","early":false,"payload":"well","runs":1}'
-        assert site.stats()["failed_alarms"] == 0
+        eventually(lambda: site.stats()["failed_alarms"] == 0, "no failed alarm")
 
 
 def test_a_host_that_is_killed_in_an_alarm_runs_it_again_and_its_effects_are_once(site):
     """S22: twice the hook, once the effects."""
     with site.connect("/party/killed") as client:
-        client.send('{"set": {"k": 0}, "payload": "kill"}')
-        eventually(lambda: journal(site, "alarm", "killed"), "the first run")
-        (site.folder / "mended").touch()
+        client.send('{"set": {"k": 0}, "payload": "kill once"}')
         assert client.receive() == '["k"]'
-        assert client.receive() == '{"alarm":"k","early":false,"payload":"kill","runs":1}'
+        assert client.receive() == '{"alarm":"k","early":false,"payload":"kill once","runs":1}'
         client.send("{}")
         assert client.receive() == "[]"
-    assert set(journal(site, "alarm", "killed")) == {"k 1"}
-    assert len(journal(site, "alarm", "killed")) >= 2
-    (site.folder / "mended").unlink()
+    assert journal(site, "alarm", "killed") == ["k 1"] * 2
 
 
 def test_an_alarm_that_ends_its_host_each_time_is_a_dead_letter(site):
@@ -213,10 +217,11 @@ def test_an_alarm_that_runs_when_its_gateway_dies_runs_again(site):
         assert client.receive() == '["w"]'
         eventually(lambda: journal(site, "alarm", "waiting"), "its beginning")
         site.kill_gateway()
+        (site.folder / "go").touch()
         assert client.receive() == '{"alarm":"w","early":false,"payload":"wait","runs":1}'
         client.send("{}")
         assert client.receive() == "[]"
-    assert set(journal(site, "alarm", "waiting")) == {"w 1"}
+    assert journal(site, "alarm", "waiting") == ["w 1"] * 2
 
 
 def test_alarms_outlive_a_reload(site):
@@ -240,7 +245,7 @@ def test_what_was_due_while_nobody_was_there_is_run_after_a_restart(broker):
     """S29, S31, S35: alarms in the order of their times; of crons the last tick, once, by one host of two."""
     site = broker(APP, hosts=2)
     first, second = neighbours()
-    due = time.time() + 2
+    due = time.time() + 1000
     with site.connect(f"/party/{first}") as one, site.connect(f"/party/{second}") as other:
         for number in (3, 1, 4, 2, 0):
             client = (one, other)[number % 2]
@@ -249,10 +254,13 @@ def test_what_was_due_while_nobody_was_there_is_run_after_a_restart(broker):
     site.stop()
     assert journal(site, "alarm") == []
     before = journal(site, "cron", "each")
-    # As if it had been stopped two minutes ago.
-    with closing(sqlite3.connect(site.data / "shards" / "0.db")) as connection, connection:
-        connection.execute("UPDATE crons SET last_ms = last_ms - 120000")
-    time.sleep(max(due + 0.1 - time.time(), 0))  # they become due while nobody is there
+    # As if it had been stopped two minutes ago, and all became due while nobody was there.
+    for shard in (site.data / "shards").glob("*.db"):
+        with closing(sqlite3.connect(shard)) as connection, connection:
+            connection.execute("UPDATE crons SET last_ms = last_ms - 120000")
+            connection.execute(
+                "UPDATE alarms SET due_ms = due_ms - 1010000, scheduled_ms = scheduled_ms - 1010000"
+            )
     site.start()
     eventually(lambda: len(journal(site, "alarm")) == 5, "five alarms")
     order = [f"{(first, second)[number % 2]} n{number} 1" for number in range(5)]

@@ -123,19 +123,27 @@ class Site:
         eventually(lambda: self.journal(*words[:-1]).count(words[-1]) == times, f"{words}, {times} times")
 
     def named_by_watchdog(self, times: int) -> None:
-        """Wait until the log has named a blocked handler so often."""
+        """Wait until the log has named a blocked handler so often. A whole process that gets no time for a
+        while is named, too, with another stack.
+        """
         event = "a handler blocks its host: all of the host's rooms wait for it"
-        eventually(lambda: len(self.broker.log_events(event)) == times, event)
+
+        def named() -> list[dict[str, Any]]:
+            return [each for each in self.broker.log_events(event) if "in obey" in each["stack"]]
+
+        eventually(lambda: len(named()) == times, event)
 
     def kill_the_hanging(self) -> None:
         """Kill the host, as the supervisor does with one that does not answer, and wait for its end."""
-        [pid] = self.broker.host_pids()
+        [pid] = eventually(self.broker.host_pids, "a host")
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: pid not in self.broker.host_pids(), "its end")
 
     def command(self, *words: str) -> Any:
-        """What the command line prints, with --json."""
+        """What the command line prints, with --json; asked again for a host that had no time to answer."""
         done = self._run(*words)
+        if "the host does not answer" in done.stderr and words[1] not in ("replay", "delete"):
+            done = self._run(*words)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
@@ -155,13 +163,20 @@ class Site:
 
 @pytest.fixture
 def site(broker: BrokerFactory) -> Iterator[Site]:
-    site = Site(broker(APP))
+    site = Site(broker(APP, hang_timeout=60))  # whoever is slow is not killed for it
     try:
         yield site
     finally:
         for client in site.clients:
             client.close()
     assert "could not be carried out" not in site.broker.log
+
+
+def said_before(*clients: RawClient) -> None:
+    """Their connect turns have ended, so that at a death to come they are not in progress."""
+    for client in clients:
+        client.send("before")
+        assert client.receive() == "before"
 
 
 def assert_open(client: RawClient) -> None:
@@ -175,6 +190,7 @@ def test_a_message_that_ends_its_host_is_given_up_after_three_tries(site: Site, 
     """S23: and nothing else is lost, doubled or out of order, of its connection, its room, and others."""
     poison, beside, elsewhere = site.connect("p"), site.connect("b"), site.connect("e", "other")
     clients = {"p": poison, "b": beside, "e": elsewhere}
+    said_before(*clients.values())
     for number in range(5):
         for client in clients.values():
             client.send(f"{number}")
@@ -193,11 +209,12 @@ def test_a_message_that_ends_its_host_is_given_up_after_three_tries(site: Site, 
     ]
     for client in (beside, elsewhere):
         assert [client.receive() for _ in range(10)] == [str(number) for number in range(10)]
-    assert site.journal("message", "p").count(way) == 3
+    # Once more, where a turn of the other room was in progress at the first death: neither is to blame yet.
+    assert 3 <= site.journal("message", "p").count(way) <= 4
     assert site.journal("error", "p") == ["DeadLetter 3"]
     for client in clients.values():
         assert_open(client)
-    [letter] = site.letters()
+    [letter] = eventually(site.letters, "a dead letter")
     assert (letter["room"], letter["connection"], letter["tries"]) == ("r", "p", 3)
     assert site.broker.stats()["dead_letters"] == 1
     assert site.broker.stats()["closes"] == {}
@@ -229,13 +246,13 @@ def test_the_commands_list_show_replay_and_delete_dead_letters(site: Site) -> No
     (site.broker.folder / "mended").unlink()
     client.send("exit")
     assert client.receive() == "given up"
-    [second] = site.letters()
+    [second] = eventually(site.letters, "a dead letter")
     client.close()
     eventually(lambda: not site.broker.connections(), "the client's end")
     (site.broker.folder / "mended").touch()
     missed = site.broker.stats()["missed_sends"]
     site.command("dead-letters", "replay", second["id"])
-    assert site.broker.stats()["missed_sends"] == missed + 1
+    eventually(lambda: site.broker.stats()["missed_sends"] == missed + 1, "the send to nobody")
 
 
 def test_a_dead_letter_is_deleted(site: Site) -> None:
@@ -243,7 +260,7 @@ def test_a_dead_letter_is_deleted(site: Site) -> None:
     client = site.connect("p")
     client.send("exit")
     assert client.receive() == "given up"
-    [letter] = site.letters()
+    [letter] = eventually(site.letters, "a dead letter")
     assert site.command("dead-letters", "delete", letter["id"]) == {"deleted": 1}
     assert site.letters() == []
 
@@ -287,7 +304,7 @@ def test_several_rooms_are_busy_at_each_death(site: Site) -> None:
     for client in clients:
         assert [client.receive() for _ in range(6)] == ["wait", "0", "wait", "1", "wait", "2"]
         assert_open(client)
-    [letter] = site.letters()
+    [letter] = eventually(site.letters, "a dead letter")
     assert letter["connection"] == "p"
     assert 3 <= site.journal("message", "p").count("kill") <= 4
 
@@ -295,6 +312,7 @@ def test_several_rooms_are_busy_at_each_death(site: Site) -> None:
 def test_a_handler_that_never_ends_blocks_its_host_until_it_is_killed(site: Site) -> None:
     """S23: the log names it, and the dead letter says what it did."""
     poison, other = site.connect("p"), site.connect("o", "other")
+    said_before(poison, other)
     poison.send("hang")
     other.send("after")
     for tries in (1, 2, 3):
@@ -303,18 +321,20 @@ def test_a_handler_that_never_ends_blocks_its_host_until_it_is_killed(site: Site
         site.kill_the_hanging()
     assert poison.receive() == "given up"
     assert other.receive() == "after"
-    [letter] = site.letters()
+    [letter] = eventually(site.letters, "a dead letter")
     assert "blocked" in letter["reason"]
 
 
 @pytest.mark.parametrize("where", ["message", "close"])
 def test_the_supervisor_ends_what_hangs_and_it_is_given_up(broker: BrokerFactory, where: str) -> None:
     """S5, S23: nobody has to do anything."""
-    site = Site(broker(APP, hang_timeout=2))
+    # The watchdog, which says why, looks twice a second.
+    site = Site(broker(APP, hang_timeout=3))
     with (
         site.connect("o", "other") as other,
         site.connect("close-hang" if where == "close" else "p") as client,
     ):
+        said_before(other, client)
         if where == "message":
             client.send("hang")
             client.send("after")
@@ -326,7 +346,7 @@ def test_the_supervisor_ends_what_hangs_and_it_is_given_up(broker: BrokerFactory
         assert other.receive() == "beside"
         if where == "message":
             assert [client.receive(), client.receive()] == ["given up", "after"]
-        [letter] = site.letters()
+        [letter] = eventually(site.letters, "a dead letter")
         assert (letter["event"], letter["tries"]) == (where, 3)
         assert "blocked" in letter["reason"]
         site.tried(3, *(("close", "close-hang") if where == "close" else ("message", "p", "hang")))
@@ -341,6 +361,7 @@ def test_the_supervisor_ends_what_hangs_and_it_is_given_up(broker: BrokerFactory
 def test_a_room_whose_start_ends_its_host_is_quarantined(site: Site, way: str) -> None:
     """S4, S23: its socket stays, its messages wait; others go on; released it handles them."""
     other = site.connect("o", "other")
+    said_before(other)
     client = site.connect("c", f"start-{way}")  # its connect turn waits for the start
     client.send("one")
     for tries in (1, 2, 3):
@@ -360,13 +381,13 @@ def test_a_room_whose_start_ends_its_host_is_quarantined(site: Site, way: str) -
     assert answer.headers["retry-after"] == "30"
     # Another host, with the same code, does not try it either.
     site.broker.kill_host()
-    assert _quarantined(site) == 1
+    eventually(lambda: _quarantined(site) == 1, "quarantine")
     assert len(site.journal("start")) == 3
     assert client.is_silent()
     (site.broker.folder / "mended").touch()
     assert site.command("explain", f"start-{way}", "--release")["released"] == 1
     assert client.receive() == "one"
-    assert _quarantined(site) == 0
+    eventually(lambda: _quarantined(site) == 0, "the end of quarantine")
     assert_open(client)
 
 
@@ -437,7 +458,7 @@ def test_quarantine_begins_after_start_tries_and_ends_with_new_code(broker: Brok
         running.write_app(FAILING.replace('"bad"', '"none"'))
         running.wait_for_hosts(1, without=before)
         assert [client.receive(), client.receive()] == ["one", "two"]
-        assert running.stats()["quarantined"] == 0
+        eventually(lambda: running.stats()["quarantined"] == 0, "the end of quarantine")
         assert running.ask("explain", room="bad")["quarantine"] is None
 
 
@@ -472,6 +493,8 @@ def test_explain_says_what_keeps_a_room_awake(broker: BrokerFactory) -> None:
     with running.connect("/parties/stays/s") as client:
         client.send("hello")
         assert client.receive() == "hello"
+        kept = ["hibernate is False: it stays while it has a connection"]
+        # Its turn may still be ending when its answer is here.
+        eventually(lambda: running.ask("explain", party="stays", room="s")["reasons"] == kept, "one reason")
         facts = running.ask("explain", party="stays", room="s")
         assert (facts["awake"], facts["connections"]) == (True, 1)
-        assert facts["reasons"] == ["hibernate is False: it stays while it has a connection"]

@@ -81,6 +81,8 @@ APP = """
         @staticmethod
         async def on_before_connect(request, lobby):
             await trio.sleep(float(request.args.get("wait", "0")))
+            while "hold" in request.args and not LOG.with_name("let-in").exists():
+                await trio.sleep(0.01)
             return decide(request)
 
         def on_connect(self, connection, ctx):
@@ -241,7 +243,8 @@ APP = """
         async def do_send_to(self, sender, id):
             other = await self.room.get_connection(id)
             note(self, "found")
-            await trio.sleep(0.3)
+            while not LOG.with_name("gone").exists():
+                await trio.sleep(0.01)
             other.send("too late")
             return "sent"
 
@@ -261,7 +264,7 @@ APP = """
 
 
     class PatientlyProbed(Probed):
-        probe_seconds = 15.0
+        probe_seconds = 60.0  # longer than a client of these tests waits
 
 
     class Replaced(Probed):
@@ -344,7 +347,8 @@ class Instance:
 
 @pytest.fixture(scope="module")
 def instance(module_broker):
-    instance = Instance(module_broker(APP))
+    """Nobody here is so slow that a deadline would come first."""
+    instance = Instance(module_broker(APP, close_timeout_seconds=60, ping_interval_seconds=600))
     yield instance
     instance.unharmed()
 
@@ -468,13 +472,18 @@ def test_a_before_hook_that_never_answers_ends_with_the_turn_timeout(instance, r
 
 def test_a_client_that_leaves_during_the_before_hook(instance, room):
     """S9, S14: it was never a connection: no turn of it comes."""
-    client = RawClient(instance.broker.port)
-    client.send_handshake(f"/parties/gate/{room}?wait=0.3")
-    client.reset()
-    with instance.connect(f"/parties/gate/{room}?wait=0.5") as client:
+    with RawClient(instance.broker.port) as client:
+        client.send_handshake(f"/parties/gate/{room}?hold=1")
+        port = client.local_port
+        eventually(
+            lambda: instance.broker.unread_bytes(port) > 0, "the request, which is unread till it is in"
+        )
+        client.reset()
+    with instance.connect(f"/parties/gate/{room}") as client:
         assert client.receive() == "nobody"
+        (instance.broker.folder / "let-in").touch()
     assert len(instance.closed(room)) == 1
-    assert instance.constructed(room) == 2
+    assert 1 <= instance.constructed(room) <= 2  # by one connect turn and one close turn
 
 
 # --- The connect turn (S9) --------------------------------------------------------------------------
@@ -493,10 +502,10 @@ def registered(instance, room: str) -> int:
 def test_an_open_client_is_a_stored_client(instance, room):
     """S9: the row is committed when the 101 has come, though the connect turn has not ended."""
     with contextlib.ExitStack() as stack:
-        for number in range(1, 20):
-            stack.enter_context(instance.connect(f"/parties/welcome/{room}?wait=0.2"))
+        for number in range(1, 10):
+            stack.enter_context(instance.connect(f"/parties/welcome/{room}?wait=0.1"))
             assert registered(instance, room) == number
-    instance.closed(room, 19)
+    instance.closed(room, 9)
     eventually(lambda: registered(instance, room) == 0, "an empty registry")
 
 
@@ -663,7 +672,6 @@ def test_a_probed_connection_that_ends_makes_room_at_once(instance, room, end):
     with RawClient(instance.broker.port) as second:
         second.send_handshake(f"/parties/patiently-probed/{room}?_pk=x")
         assert first.receive_frame()[0] == PING
-        started = time.monotonic()
         if end == "frame":
             # A frame is a sign of life, and this one says that it is the last.
             first.send_frame(CLOSE, b"\x03\xe8")
@@ -672,7 +680,6 @@ def test_a_probed_connection_that_ends_makes_room_at_once(instance, room, end):
             return
         first.reset() if end == "reset" else first.close()
         assert second.receive_answer().status == 101
-        assert time.monotonic() - started < 5
         second.send("?")
         assert json.loads(second.receive()) == [True, ["kept"], "kept", 1]
     assert len(instance.closed(room, 2)) == 2
@@ -701,6 +708,8 @@ def test_many_newcomers_for_one_dead_id(instance, room):
             assert client.receive_answer().status == 101
             client.send("?")
             opcode, payload = client.receive_frame()
+            if opcode == PING:  # somebody else has asked for it meanwhile
+                opcode, payload = client.receive_frame()
             if opcode == TEXT:
                 winners.append(json.loads(payload))
             else:
@@ -925,12 +934,16 @@ def test_sending_to_one_that_has_gone_is_dropped_and_counted(instance, room):
     """S18."""
     with instance.connect(f"/party/{room}?_pk=a") as client:
         other = instance.connect(f"/party/{room}?_pk=b")
-        before = instance.broker.stats()["missed_sends"]
+        stats = instance.broker.stats
+        eventually(lambda: stats()["connections"] == 2, "the end of all that were before")
+        before = stats()["missed_sends"]
         client.send(json.dumps({"do": "send_to", "id": "b"}))
         eventually(lambda: instance.events(room, "found"), "the other")
         other.close()
+        eventually(lambda: stats()["connections"] == 1, "its end")
+        (instance.broker.folder / "gone").touch()
         assert json.loads(client.receive()) == {"result": "sent"}
-        assert instance.broker.stats()["missed_sends"] == before + 1
+        eventually(lambda: stats()["missed_sends"] == before + 1, "the send to nobody")
 
 
 @pytest.mark.parametrize(
@@ -986,8 +999,7 @@ def test_only_events_that_have_a_hook_construct_a_room(instance, room):
         broker.connections(party="only-messages")
         broker.ask("rooms")
         assert instance.constructed(room) == 0
-        client.send("1")
-        client.send("2")
+        client.send_bytes(encode_frame(TEXT, b"1") + encode_frame(TEXT, b"2"))
         assert client.receive() == "1"
         assert client.receive() == "2"
         assert instance.constructed(room) == 1  # S3: the second one waited for on_start
