@@ -19,8 +19,8 @@ from websockets.sync.client import connect
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("broker", "hibernation", "storage")
-START_SECONDS = 30
-STOP_SECONDS = 20
+START_SECONDS = 60
+STOP_SECONDS = 30
 
 APP = """
 from broker import Server
@@ -155,9 +155,9 @@ def test_it_serves_from_a_folder_with_a_storage_of_its_own(environment, folder):
             ready.wait(START_SECONDS)
             address = re.search(r"(?m)^ready on http://(127\.0\.0\.1:\d+)$", "".join(lines))
             assert address, "".join(lines)
-            with connect(f"ws://{address[1]}/party/lobby", close_timeout=5) as socket:
+            with connect(f"ws://{address[1]}/party/lobby", open_timeout=20, close_timeout=20) as socket:
                 socket.send("hello")
-                assert socket.recv(timeout=10) == "hello"
+                assert socket.recv(timeout=20) == "hello"
             answer = httpx.get(f"http://{address[1]}/party/lobby", timeout=20)
             assert answer.text == "room lobby"
 
@@ -166,4 +166,4 @@ def test_it_serves_from_a_folder_with_a_storage_of_its_own(environment, folder):
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            reader.join(10)
+            reader.join(20)

@@ -18,7 +18,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.e2e.broker_process import DEADLINE_SECONDS, ROOT, BrokerProcess
+from tests.e2e.broker_process import DEADLINE_SECONDS, ROOT, BrokerProcess, eventually
 
 __all__ = ["Block", "Reader", "blocks_of"]
 
@@ -77,7 +77,12 @@ class Reader:
             return
         before = self._broker.host_pids()
         self._broker.write_app(text)
-        self._broker.wait_for_hosts(1, without=before)
+
+        def runs() -> bool:
+            hosts = self._broker.stats()["hosts"]
+            return len(hosts) == 1 and hosts[0] not in before
+
+        eventually(runs, "the new code", 3 * DEADLINE_SECONDS)
 
     def _here(self, text: str) -> str:
         return text.replace(f":{PORT_IN_PAGES}", f":{self._broker.port}")

@@ -297,6 +297,7 @@ def test_the_readme_is_true(reader: tuple[Reader, BrokerProcess]) -> None:
 
 
 @pytest.mark.e2e
+@pytest.mark.timeout(600)  # a dozen reloads and two dozen programs
 def test_the_tutorial_is_true(reader: tuple[Reader, BrokerProcess]) -> None:
     assert reader[0].follow(TUTORIAL) >= 10
     assert "new code does not load" not in reader[1].log

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import broker
 from broker import Connection, Lobby, OtherRoom, Room, Server, Storage
 from hibernation.hooks import HOOKS
@@ -14,6 +16,7 @@ from tests.docs.test_testing_page import run_pytest
 PAGE = DOCS / "partykit.md"
 
 
+@pytest.mark.timeout(300)  # a run of pytest
 def test_the_server_in_python_does_what_the_page_says(tmp_path: Path) -> None:
     for block in blocks_of(PAGE):
         if block.language == "python":

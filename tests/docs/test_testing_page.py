@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from broker import testing
 from tests.docs.pages import blocks_of
 from tests.docs.reference import DOCS
@@ -22,12 +24,13 @@ def run_pytest(folder: Path, *files: str) -> tuple[int, str]:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=200,
         check=False,
     )
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.timeout(600)  # three runs of pytest
 def test_the_page_is_true(tmp_path: Path) -> None:
     commands = 0
     for block in blocks_of(PAGE):

@@ -95,6 +95,10 @@ class Tab:
         found: dict[str, Any] = self.do("record")
         return found
 
+    def received(self) -> int:
+        """How many frames have come on its WebSockets: one that has a frame is open."""
+        return int(self.do("received"))
+
     def close(self) -> None:
         """Close the tab, as its user does."""
         self.do("close")

@@ -306,7 +306,7 @@ def silent(client: RawClient) -> bool:
 
 @pytest.fixture(scope="module")
 def process(module_broker: BrokerFactory) -> BrokerProcess:
-    return module_broker(APP)
+    return module_broker(APP, close_timeout_seconds=20)
 
 
 @pytest.fixture

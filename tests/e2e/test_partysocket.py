@@ -1,7 +1,6 @@
 """The npm package partysocket, unmodified, on ws and Node: what DESIGN promises its users."""
 
 import base64
-import contextlib
 import json
 import os
 import subprocess
@@ -175,6 +174,13 @@ def hello(socket: Socket, index: int = 0) -> Any:
     return eventually(lambda: greetings()[index:], "a greeting")[0]
 
 
+def expect_closes(driver: Driver, closes: list[Any], room: str = "room") -> None:
+    """Wait until the room has been told these ends, of whatever order, and no others."""
+    eventually(
+        lambda: sorted(json.loads(driver.fetch(room=room, path="closes")["text"])) == closes, "close turns"
+    )
+
+
 def test_connect(app: BrokerProcess, driver: Driver) -> None:
     """S10: `_pk` is the connection's id."""
     socket = driver.open(room="lobby")
@@ -260,8 +266,7 @@ def test_close_by_the_client(app: BrokerProcess, driver: Driver) -> None:
     hello(socket)
     socket.do("close", code=4123, reason="that is all")
     eventually(lambda: not app.connections(room="leaving"), "its end")
-    closes = json.loads(driver.fetch(room="leaving", path="closes")["text"])
-    assert closes == [["ann", 4123, "client_close"]]
+    expect_closes(driver, [["ann", 4123, "client_close"]], room="leaving")
     assert len(socket.events("open")) == 1
 
 
@@ -276,8 +281,7 @@ def test_reconnect_after_a_close_of_the_server(app: BrokerProcess, driver: Drive
     socket.send("still me")
     assert hello(socket, 1)["hello"] == "ann"
     assert socket.messages(3)[2] == "still me"
-    closes = json.loads(driver.fetch(room=f"closing-{code}", path="closes")["text"])
-    assert closes == [["ann", code, "server_close"]]
+    expect_closes(driver, [["ann", code, "server_close"]], room=f"closing-{code}")
 
 
 def test_reconnect_by_the_client(app: BrokerProcess, driver: Driver) -> None:
@@ -349,56 +353,46 @@ def test_fetch(app: BrokerProcess, driver: Driver) -> None:
     assert driver.fetch(party="chat-room")["status"] == 404  # it has no on_request
 
 
-@contextlib.contextmanager
-def five_sockets(broker: BrokerFactory) -> Iterator[tuple[BrokerProcess, Driver, list[Socket]]]:
-    """Open sockets c0 to c4, which have been greeted, on a broker of their own."""
-    app = broker(APP)
-    driver = Driver(app.port)
-    try:
-        sockets = [driver.open(id=f"c{number}") for number in range(5)]
-        for socket in sockets:
-            hello(socket)
-        yield app, driver, sockets
-    finally:
-        driver.close()
+def five_sockets(driver: Driver, room: str) -> list[Socket]:
+    """Open sockets c0 to c4 that have been greeted."""
+    sockets = [driver.open(id=f"c{number}", room=room) for number in range(5)]
+    for socket in sockets:
+        hello(socket)
+    return sockets
 
 
-def test_the_broker_is_restarted(broker: BrokerFactory) -> None:
+def test_the_broker_is_restarted(app: BrokerProcess, driver: Driver) -> None:
     """A stop closes 1012, and clients come back when it runs again, under their ids."""
-    with five_sockets(broker) as (app, driver, sockets):
-        app.stop()
-        for number, socket in enumerate(sockets):
-            eventually(lambda socket=socket: socket.events("close"), "a close")  # type: ignore[misc]
-            assert socket.events("close")[0]["code"] == 1012
-            socket.send(f"after {number}")
-        app.start()
-        for number, socket in enumerate(sockets):
-            assert hello(socket, 1)["hello"] == f"c{number}"
-            assert socket.messages(3)[2] == f"after {number}"
-        closes = json.loads(driver.fetch(path="closes")["text"])
-        assert sorted(closes) == [[f"c{number}", 1012, "server_close"] for number in range(5)]
+    sockets = five_sockets(driver, "restarted")
+    app.stop()
+    for number, socket in enumerate(sockets):
+        eventually(lambda socket=socket: socket.events("close"), "a close")  # type: ignore[misc]
+        assert socket.events("close")[0]["code"] == 1012
+        socket.send(f"after {number}")
+    app.start()
+    for number, socket in enumerate(sockets):
+        assert hello(socket, 1)["hello"] == f"c{number}"
+        assert socket.messages(3)[2] == f"after {number}"
+    expect_closes(driver, [[f"c{number}", 1012, "server_close"] for number in range(5)], room="restarted")
 
 
-def test_the_gateway_is_killed(broker: BrokerFactory) -> None:
+def test_the_gateway_is_killed(app: BrokerProcess, driver: Driver) -> None:
     """S34: no socket closes, and what was sent meanwhile is answered, in order and once."""
-    with five_sockets(broker) as (app, driver, sockets):
-        app.kill("gateway")
-        for socket in sockets:
-            socket.send(*(f"message {number}" for number in range(20)))
-        for socket in sockets:
-            assert socket.messages(21)[1:] == [f"message {number}" for number in range(20)]
-            assert not socket.events("close")
-        assert json.loads(driver.fetch(path="closes")["text"]) == []
+    sockets = five_sockets(driver, "survivors")
+    app.kill("gateway")
+    for socket in sockets:
+        socket.send(*(f"message {number}" for number in range(20)))
+    for socket in sockets:
+        assert socket.messages(21)[1:] == [f"message {number}" for number in range(20)]
+        assert not socket.events("close")
+    assert json.loads(driver.fetch(room="survivors", path="closes")["text"]) == []
 
 
-def test_gateway_and_keeper_are_killed(broker: BrokerFactory) -> None:
+def test_gateway_and_keeper_are_killed(app: BrokerProcess, driver: Driver) -> None:
     """S35: the sockets die with both; each connection gets its on_close, and the clients come back."""
-    with five_sockets(broker) as (app, driver, sockets):
-        app.kill("keeper", "gateway")
-        for number, socket in enumerate(sockets):
-            assert hello(socket, 1)["hello"] == f"c{number}"
-            assert socket.events("close")[0]["code"] == 1006
-        expected = [[f"c{number}", 1006, "gateway_lost"] for number in range(5)]
-        eventually(
-            lambda: sorted(json.loads(driver.fetch(path="closes")["text"])) == expected, "their close turns"
-        )
+    sockets = five_sockets(driver, "lost")
+    app.kill("keeper", "gateway")
+    for number, socket in enumerate(sockets):
+        assert hello(socket, 1)["hello"] == f"c{number}"
+        assert socket.events("close")[0]["code"] == 1006
+    expect_closes(driver, [[f"c{number}", 1006, "gateway_lost"] for number in range(5)], room="lost")

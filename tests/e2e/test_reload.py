@@ -49,6 +49,7 @@ def test_connections_stay_when_their_party_leaves_the_code(broker: BrokerFactory
         goes.send("lost")
         goes.close()
         eventually(lambda: process.stats()["connections"] == 2)
+        eventually(lambda: not process.unread_bytes(stays.local_port), "the end of what is lost")
         assert answers(main, "new")
         assert process.host_pids() == hosts
         process.write_app(OLD)

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import random
 import stat
 import threading
@@ -23,6 +22,7 @@ from tests.e2e.raw_client import BINARY, RawClient, encode_frame
 pytestmark = pytest.mark.e2e
 
 APP = """
+    import hashlib
     import json
 
     import trio
@@ -85,6 +85,30 @@ APP = """
 
     class Quick(Main):
         sql_timeout = 0.2
+
+    class Counting(Server):
+        '''Counts what it is sent, in a table and under a key, and tells its sender both.'''
+
+        async def on_message(self, message, sender):
+            storage = self.room.storage
+            if message == "read":
+                sender.send(f"read {len(await storage.list())}")
+                return
+            digest = hashlib.sha1(message).hexdigest()
+            if message[0] % 4 == 0:
+                count = await storage.get(sender.id, 0)
+            else:
+                await storage.sql("CREATE TABLE IF NOT EXISTS heard (client TEXT, digest TEXT)")
+                await storage.sql("INSERT INTO heard VALUES (?, ?)", sender.id, digest)
+                await storage.sql("SELECT count(*) AS total FROM heard")
+                count = await storage.get(sender.id, 0)
+            storage.put(sender.id, count + 1)
+            sender.send(f"{count + 1} {digest}")
+            self.room.broadcast(f"{sender.id} {count + 1}", tag="listener")
+
+        async def on_request(self, request):
+            rows = await self.room.storage.sql("SELECT client, digest FROM heard ORDER BY rowid")
+            return [[row["client"], row["digest"]] for row in rows]
 """
 
 CREATE = "CREATE TABLE IF NOT EXISTS t (id INTEGER PRIMARY KEY, name TEXT UNIQUE)"
@@ -237,63 +261,32 @@ def test_files_are_private_and_named_by_a_hash(site: BrokerProcess) -> None:
     with site.connect(f"/party/{name}") as client:
         assert do(client, ["sql", CREATE]) == [[]]
     folder = site.data / "rooms"
-    found = [path for path in folder.rglob("*") if path.is_file()]
-    assert found
-    assert all(stat.S_IMODE(os.stat(path).st_mode) == 0o600 for path in found)
-    assert all(
-        stat.S_IMODE(os.stat(path).st_mode) == 0o700 for path in [folder, *folder.iterdir()] if path.is_dir()
-    )
-    assert all(len(path.name.partition(".")[0]) == 40 for path in found)
-
-
-COUNTING = """
-import hashlib
-
-from broker import Server
-
-
-class Main(Server):
-    '''Counts what it is sent, in a table and under a key, and tells its sender both.'''
-
-    async def on_message(self, message, sender):
-        storage = self.room.storage
-        if message == "read":
-            sender.send(f"read {len(await storage.list())}")
-            return
-        digest = hashlib.sha1(message).hexdigest()
-        if message[0] % 4 == 0:
-            count = await storage.get(sender.id, 0)
-            total = None
+    files = 0
+    for path in [folder, *folder.rglob("*")]:
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            continue  # a log of SQLite's, which goes with the last who has its database open
+        if stat.S_ISDIR(mode):
+            assert stat.S_IMODE(mode) == 0o700
         else:
-            await storage.sql("CREATE TABLE IF NOT EXISTS heard (client TEXT, digest TEXT)")
-            await storage.sql("INSERT INTO heard VALUES (?, ?)", sender.id, digest)
-            [found] = await storage.sql("SELECT count(*) AS total FROM heard")
-            count = await storage.get(sender.id, 0)
-        storage.put(sender.id, count + 1)
-        sender.send(f"{count + 1} {digest}")
-        self.room.broadcast(f"{sender.id} {count + 1}", tag="listener")
+            assert stat.S_IMODE(mode) == 0o600
+            assert len(path.name.partition(".")[0]) == 40
+            files += 1
+    assert files
 
-    async def on_request(self, request):
-        rows = await self.room.storage.sql("SELECT client, digest FROM heard ORDER BY rowid")
-        return [[row["client"], row["digest"]] for row in rows]
-
-    def get_connection_tags(self, connection, ctx):
-        return ["listener"] if connection.id == "listener" else []
-"""
 
 KILLS = 3
 #: Messages of one client that are not answered: each costs a commit.
 OUTSTANDING_MAX = 10
 
 
-@pytest.mark.parametrize("durability", ["full", "os"])
-def test_each_message_counts_once_whenever_the_host_is_killed(broker: BrokerFactory, durability: str) -> None:
+def test_each_message_counts_once_whenever_the_host_is_killed(site: BrokerProcess) -> None:
     """S22, S28: the first statement, the move of the keys, later commits; in the table as in the answers."""
-    site: BrokerProcess = broker(COUNTING, durability=durability)
     rooms = [f"r{number % 3}" for number in range(4)]
     with contextlib.ExitStack() as open_clients:
         clients = [
-            open_clients.enter_context(site.connect(f"/party/{room}?_pk=c{number}"))
+            open_clients.enter_context(site.connect(f"/parties/counting/{room}?_pk=c{number}"))
             for number, room in enumerate(rooms)
         ]
         for client in clients:
@@ -322,10 +315,11 @@ def count_through_deaths(site: BrokerProcess, rooms: list[str], clients: list[Ra
             if message[0] % 4:
                 tabled[number].append(digest)
             clients[number].send_bytes(encode_frame(BINARY, message))
+        clients[number].send("read")  # of which the answer is the last
 
     def listen(number: int) -> None:
-        while not stop.is_set() or len(heard[number]) < len(sent[number]):
-            heard[number].append(str(clients[number].receive()))
+        while not (answer := str(clients[number].receive())).startswith("read "):
+            heard[number].append(answer)
 
     with ThreadPoolExecutor(2 * len(clients)) as pool:
         doing = [pool.submit(send, number) for number in range(len(clients))]
@@ -342,7 +336,7 @@ def count_through_deaths(site: BrokerProcess, rooms: list[str], clients: list[Ra
         assert told == [f"{count} {digest}" for count, digest in enumerate(digests, 1)]
         assert len(told) > KILLS
     for room in set(rooms):
-        with urlopen(site.url(f"/party/{room}"), timeout=20) as answer:
+        with urlopen(site.url(f"/parties/counting/{room}"), timeout=20) as answer:
             stored = json.load(answer)
         for number, of in enumerate(rooms):
             if of == room:

@@ -10,7 +10,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 from urllib.request import urlopen
@@ -150,7 +149,7 @@ def test_a_reload_replaces_the_code_of_all_hosts_and_no_client_notices(broker: B
     ],
 )
 def test_code_that_fails_its_check_changes_nothing_and_says_why(
-    module_broker: BrokerFactory, good: BrokerProcess, source: str, text: str
+    good: BrokerProcess, source: str, text: str
 ) -> None:
     """FAULTS 67; S32."""
     hosts = good.host_pids()
@@ -169,17 +168,23 @@ def good(module_broker: BrokerFactory) -> BrokerProcess:
     return module_broker(APP, hosts=2)
 
 
-def test_a_host_that_is_stopped_is_killed_and_its_messages_go_to_the_next(broker: BrokerFactory) -> None:
+@pytest.fixture(scope="module")
+def strict(module_broker: BrokerFactory) -> BrokerProcess:
+    return module_broker(APP, hang_timeout=2)
+
+
+def test_a_host_that_is_stopped_is_killed_and_its_messages_go_to_the_next(strict: BrokerProcess) -> None:
     """S5, S23; FAULTS 5."""
-    process = broker(APP, hang_timeout=2)
+    process = strict
     with Talker(process.connect()) as talker:
         talker.goes_on()
         [hung] = process.host_pids()
         os.kill(hung, signal.SIGSTOP)
         eventually(lambda: not runs(hung), "end of the host that was stopped")
         talker.goes_on()
-    [line] = process.log_events("killed: it hangs")
-    assert line["pid"] == hung and line["silent_s"] >= 2
+    # A busy machine may hold up others for as long, and then they are killed as well.
+    [line] = [line for line in process.log_events("killed: it hangs") if line["pid"] == hung]
+    assert line["silent_s"] >= 2
 
 
 def test_a_killed_supervisors_instance_is_taken_over_under_its_clients(broker: BrokerFactory) -> None:
@@ -206,7 +211,7 @@ def test_a_killed_supervisors_instance_is_taken_over_under_its_clients(broker: B
         for talker in (one, two, three, four):
             talker.goes_on()
             assert talker.hears("two")
-        assert process.gateway_pid() != gateway
+        eventually(lambda: gateway not in process._listed("gateway"), "another gateway")
         # What was taken over is looked after.
         process.kill_host()
         one.goes_on()
@@ -225,7 +230,7 @@ def test_an_upgrade_brings_another_gateway_and_no_client_notices(broker: BrokerF
     one, two, three, four = talkers(process)
     with one, two, three, four:
         for _ in range(3):
-            before = process.gateway_pid()
+            [before] = eventually(lambda: process._listed("gateway"), "a gateway")
             status, text = process.command("upgrade")
             assert status == 0 and "gateway replaced" in text and "pause" in text
             assert process.gateway_pid() != before
@@ -275,9 +280,9 @@ def test_an_upgrade_lets_requests_end_that_have_begun(broker: BrokerFactory) -> 
         talker.goes_on()
 
 
-def test_a_gateway_that_is_stopped_is_killed_and_its_sockets_live_on(broker: BrokerFactory) -> None:
+def test_a_gateway_that_is_stopped_is_killed_and_its_sockets_live_on(strict: BrokerProcess) -> None:
     """S23, S34; FAULTS 5."""
-    process = broker(APP, hang_timeout=2)
+    process = strict
     with Talker(process.connect()) as talker:
         talker.goes_on()
         hung = process.gateway_pid()
@@ -294,7 +299,8 @@ def test_a_drain_closes_all_and_takes_nobody(broker: BrokerFactory) -> None:
     for client in clients:
         assert client.expect_close()[0] == 1012
         client.close()
-    assert is_refused(process) and not process.stats()["connections"]
+    assert is_refused(process)
+    eventually(lambda: not process.stats()["connections"], "the end of all connections")
     # A gateway that follows takes nobody either.
     dead = process.gateway_pid()
     os.kill(dead, signal.SIGKILL)
@@ -309,10 +315,9 @@ def is_refused(process: BrokerProcess) -> bool:
         return newcomer.receive_answer().status == 503
 
 
-def test_the_status_of_the_processes_is_shown(broker: BrokerFactory, tmp_path: Path) -> None:
-    process = broker(APP)
-    eventually(lambda: process._listed("spare"))
-    status, text = process.command("stats", "--json")
+def test_the_status_of_the_processes_is_shown(good: BrokerProcess) -> None:
+    spares = eventually(lambda: good._listed("spare"), "a spare gateway")
+    status, text = good.command("stats", "--json")
     assert status == 0
-    for pid in (process.keeper_pid(), process.gateway_pid(), *process.host_pids(), *process._listed("spare")):
+    for pid in (good.keeper_pid(), good.gateway_pid(), *good.host_pids(), *spares):
         assert str(pid) in text

@@ -6,12 +6,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import httpx
 import pytest
 
 from tests.docs.pages import Reader, blocks_of
 from tests.docs.reference import DOCS
-from tests.e2e.broker_process import BrokerProcess
+from tests.e2e.broker_process import DEADLINE_SECONDS, BrokerProcess
 from tests.e2e.browser import Browser
 from tests.e2e.conftest import BrokerFactory, module_broker
 
@@ -23,6 +25,11 @@ EXAMPLES = DOCS / "examples"
 ExampleFactory = Callable[..., BrokerProcess]
 
 _rooms = itertools.count(1)
+
+
+def http(method: str, url: str, **options: Any) -> httpx.Response:
+    """Make a request, which may take as long as anything here."""
+    return httpx.request(method, url, timeout=DEADLINE_SECONDS, **options)
 
 
 def module_named(name: str) -> ModuleType:

@@ -8,12 +8,16 @@ import pytest
 
 from tests.e2e.broker_process import BrokerProcess, eventually
 from tests.e2e.browser import Browser
-from tests.e2e.raw_client import RawClient
+from tests.e2e.raw_client import TEXT, RawClient, encode_frame
 from tests.examples.conftest import ExampleFactory
 
 pytestmark = pytest.mark.e2e
 
 ANSWER = "You said: tell me more - and I have been thinking about it. "
+
+#: What takes the model some seconds to answer, so that much can happen meanwhile.
+LONG_QUESTION = " ".join(["why?"] * 30)
+LONG_ANSWER = f"You said: {LONG_QUESTION} - and I have been thinking about it. "
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +57,15 @@ class Reading:
             else:
                 self.others.append(message)
 
-    def to_the_end(self) -> None:
-        self.read(lambda: "".join(self.bits) == ANSWER)
+    def to_the_end(self, answer: str = ANSWER) -> None:
+        self.read(lambda: "".join(self.bits) == answer)
 
 
 def test_the_chat_goes_on_while_the_model_answers(chat: BrokerProcess, room: str) -> None:
     ana, lines = come(chat, room, "Ana")
     assert lines == {}
     with ana:
-        ana.send("@ai tell me more")
+        ana.send(f"@ai {LONG_QUESTION}")
         assert begun(ana)[0] == "Ana"
         name, key = begun(ana)
         assert name == "ai"
@@ -69,17 +73,17 @@ def test_the_chat_goes_on_while_the_model_answers(chat: BrokerProcess, room: str
         reading.read(lambda: len(reading.bits) == 2)
         ana.send("quickly")
         reading.read(lambda: bool(reading.others))
-        assert len(reading.bits) < len(ANSWER.split())
+        assert len(reading.bits) < len(LONG_ANSWER.split())
         # Whoever comes now has what was said, and goes on from there.
         ben, lines = come(chat, room, "Ben")
         with ben:
             texts = ["".join(line["bits"]) for line in lines.values()]
             assert [line["from"] for line in lines.values()] == ["Ana", "ai", "Ana"]
-            assert (texts[0], texts[2]) == ("@ai tell me more", "quickly")
-            assert 0 < len(texts[1]) < len(ANSWER) and ANSWER.startswith(texts[1])
+            assert (texts[0], texts[2]) == (f"@ai {LONG_QUESTION}", "quickly")
+            assert 0 < len(texts[1]) < len(LONG_ANSWER) and LONG_ANSWER.startswith(texts[1])
             late = Reading(ben, key, lines[key]["bits"])
-            late.to_the_end()
-            reading.to_the_end()
+            late.to_the_end(LONG_ANSWER)
+            reading.to_the_end(LONG_ANSWER)
 
 
 def test_the_answer_goes_on_when_its_process_dies(chat: BrokerProcess, room: str) -> None:
@@ -107,10 +111,19 @@ def test_the_answer_goes_on_when_its_process_dies(chat: BrokerProcess, room: str
 def test_two_answers_at_once(chat: BrokerProcess, room: str) -> None:
     ana, _ = come(chat, room, "Ana")
     with ana:
-        for _ in range(2):
-            ana.send("@ai tell me more")
-        keys = [begun(ana)[1] for _ in range(4)][1::2]
-        first = Reading(ana, keys[0], [])
+        ana.send_bytes(2 * encode_frame(TEXT, b"@ai tell me more"))  # at once, in one piece
+        keys: list[str] = []
+        early: list[dict[str, Any]] = []
+        while len(keys) < 4:
+            message = receive(ana)
+            if "lines" in message:
+                keys += message["lines"]
+            else:
+                early.append(message)
+        keys = keys[1::2]
+        # Before the second answer begins, the first may have said something.
+        assert [(each["key"], each["number"]) for each in early] == [(keys[0], n) for n in range(len(early))]
+        first = Reading(ana, keys[0], [each["bit"] for each in early])
         first.to_the_end()
         seen = [message for message in first.others if message.get("key") == keys[1]]
         second = Reading(ana, keys[1], [message["bit"] for message in seen])
@@ -133,7 +146,7 @@ def test_a_model_that_fails_says_so_once(chat: BrokerProcess, room: str) -> None
 
 def test_its_page(chat: BrokerProcess, room: str, browser: Browser) -> None:
     tab = browser.open(chat.url(f"/?name=Ana#{room}"))
-    eventually(lambda: chat.connections(room=room), "its connection")
+    eventually(tab.received, "what was said before")
     tab.do("fill", "[name=text]", "@ai tell me more")
     tab.do("press", "[name=text]", "Enter")
     tab.wait_for("#lines >> text=You said: tell")

@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.broker_process import BrokerProcess, eventually
 from tests.e2e.browser import Browser
 from tests.e2e.raw_client import RawClient
-from tests.examples.conftest import ExampleFactory
+from tests.examples.conftest import ExampleFactory, http
 
 pytestmark = pytest.mark.e2e
 
@@ -32,7 +32,7 @@ def hears(client: RawClient) -> Any:
 
 
 def announce(broker: BrokerProcess, room: str, announcement: Any) -> httpx.Response:
-    return httpx.post(broker.url(f"/party/{room}"), content=json.dumps(announcement))
+    return http("POST", broker.url(f"/party/{room}"), content=json.dumps(announcement))
 
 
 def test_everybody_hears_what_concerns_them(station: BrokerProcess, room: str) -> None:
@@ -98,11 +98,12 @@ def test_what_is_no_announcement_reaches_nobody(
         assert (answer.status_code, answer.text) == (400, why)
         announce(station, room, {"text": "next"})
         assert hears(client) == {"text": "next"}
-    assert httpx.get(station.url(f"/party/{room}")).status_code == 405
+    assert http("GET", station.url(f"/party/{room}")).status_code == 405
 
 
 def test_its_page(station: BrokerProcess, room: str, browser: Browser) -> None:
     tab = browser.open(station.url(f"/#{room}"))
+    eventually(tab.received, "its topics")
     tab.do("check", "text=bicycles")
     eventually(lambda: station.connections(room=room, tag="bicycles"), "the page's choice")
     announce(station, room, {"text": "Red!", "all_of": ["red line"]})

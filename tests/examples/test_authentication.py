@@ -6,13 +6,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.e2e.broker_process import BrokerProcess, eventually
 from tests.e2e.browser import Browser
 from tests.e2e.raw_client import Answer, RawClient
-from tests.examples.conftest import ExampleFactory, module_named
+from tests.examples.conftest import ExampleFactory, http, module_named
 
 pytestmark = pytest.mark.e2e
 
@@ -27,7 +26,7 @@ def house(example: ExampleFactory) -> BrokerProcess:
 
 def sign_in(house: BrokerProcess, name: str, password: str) -> dict[str, str]:
     """The header that a browser would send from now on."""
-    answer = httpx.post(house.url("/sign-in"), data={"name": name, "password": password})
+    answer = http("POST", house.url("/sign-in"), data={"name": name, "password": password})
     assert answer.json() == {"you": name}
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(answer.headers["set-cookie"].split("; "))
     return {"cookie": f"session={answer.cookies['session']}"}
@@ -52,12 +51,12 @@ def test_whoever_has_signed_in_is_who_they_are(house: BrokerProcess, room: str) 
     """S9, S39: also when they claim to be another."""
     path = f"/party/{room}"
     ana, ben = sign_in(house, "ana", "sesame"), sign_in(house, "ben", "tulip")
-    assert httpx.get(house.url(path), headers={**ana, "X-Broker-User": "ben"}).json()["you"] == "ana"
+    assert http("GET", house.url(path), headers={**ana, "X-Broker-User": "ben"}).json()["you"] == "ana"
     one = come(house, path, {**ana, "x-broker-user": "ben"}, "ana")
     two = come(house, path, ana, "ana")
     his = come(house, path, ben, "ben")
     with one, two, his:
-        assert httpx.get(house.url(path), headers=ben).json() == {"you": "ben", "here": ["ana", "ben"]}
+        assert http("GET", house.url(path), headers=ben).json() == {"you": "ben", "here": ["ana", "ben"]}
         one.send("hello")
         for client in (one, two, his):
             assert receive(client) == {"from": "ana", "text": "hello"}
@@ -96,7 +95,7 @@ FORGED = ["empty", "no seal", "dots", "over", "another key", "empty seal", "anot
 def test_no_other_token_opens(house: BrokerProcess, room: str, name: str) -> None:
     cookie = f"session={forged(name)}"
     assert refused(house, f"/party/{room}", {"cookie": cookie}, 401).body == b"sign in first\n"
-    answer = httpx.get(house.url(f"/party/{room}"), headers={b"cookie": cookie.encode()})
+    answer = http("GET", house.url(f"/party/{room}"), headers={b"cookie": cookie.encode()})
     assert (answer.status_code, answer.text) == (401, "sign in first\n")
 
 
@@ -111,12 +110,12 @@ def test_an_own_room_is_closed_to_others(house: BrokerProcess) -> None:
     come(house, "/party/~ana", ana, "ana").close()
     assert refused(house, "/party/~ana", ben, 403).body == b"this is somebody's own room\n"
     assert refused(house, "/party/%7Eana", ben, 403).status == 403
-    assert httpx.get(house.url("/party/~ana"), headers=ben).status_code == 403
+    assert http("GET", house.url("/party/~ana"), headers=ben).status_code == 403
 
 
 @pytest.mark.parametrize(("name", "password"), [("ana", "tulip"), ("ana", ""), ("eve", ""), ("", "")])
 def test_a_wrong_password_signs_nobody_in(house: BrokerProcess, name: str, password: str) -> None:
-    answer = httpx.post(house.url("/sign-in"), data={"name": name, "password": password})
+    answer = http("POST", house.url("/sign-in"), data={"name": name, "password": password})
     assert (answer.status_code, answer.text) == (403, "wrong name or password\n")
     assert "set-cookie" not in answer.headers
 

@@ -8,10 +8,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.e2e.broker_process import BrokerProcess
+from tests.e2e.broker_process import DEADLINE_SECONDS, BrokerProcess
 from tests.e2e.browser import Browser
 from tests.e2e.raw_client import RawClient
-from tests.examples.conftest import ExampleFactory
+from tests.examples.conftest import ExampleFactory, http
 
 pytestmark = pytest.mark.e2e
 
@@ -26,7 +26,7 @@ def poll(example: ExampleFactory) -> BrokerProcess:
 @pytest.fixture
 def path(poll: BrokerProcess, room: str) -> str:
     """A room with a poll in it."""
-    answer = httpx.put(poll.url(f"/party/{room}"), json=QUESTION)
+    answer = http("PUT", poll.url(f"/party/{room}"), json=QUESTION)
     assert answer.json() == {"question": "Drinks?", "votes": {"Tea": 0, "Coffee": 0}, "mine": None}
     return f"/party/{room}"
 
@@ -34,7 +34,7 @@ def path(poll: BrokerProcess, room: str) -> str:
 @contextlib.contextmanager
 def visitor(poll: BrokerProcess) -> Iterator[httpx.Client]:
     """A browser that has seen the page, and so has its cookie."""
-    with httpx.Client(base_url=poll.url()) as client:
+    with httpx.Client(base_url=poll.url(), timeout=DEADLINE_SECONDS) as client:
         assert client.get("/").headers["content-type"] == "text/html; charset=utf-8"
         cookie = client.cookies["voter"]
         client.get("/")
@@ -103,7 +103,7 @@ def test_every_vote_counts_once_though_the_host_dies_among_them(poll: BrokerProc
             # Everybody sees every vote; their own is confirmed, and their second refused, once.
             assert (kinds.count("question"), kinds.count("mine"), kinds.count("error")) == (20, 1, 1)
             assert kinds.index("mine") < kinds.index("error")
-        assert httpx.get(poll.url(path)).json()["votes"] == {"Tea": 20, "Coffee": 0}
+        assert http("GET", poll.url(path)).json()["votes"] == {"Tea": 20, "Coffee": 0}
         assert all(voter.is_silent() for voter in voters)
 
 
@@ -122,8 +122,8 @@ def test_what_is_no_vote_changes_nothing(
     poll: BrokerProcess, path: str, method: str, body: Any, status: int
 ) -> None:
     content = body if isinstance(body, str) else json.dumps(body)
-    assert httpx.request(method, poll.url(path), content=content).status_code == status
-    assert httpx.get(poll.url(path)).json()["votes"] == {"Tea": 0, "Coffee": 0}
+    assert http(method, poll.url(path), content=content).status_code == status
+    assert http("GET", poll.url(path)).json()["votes"] == {"Tea": 0, "Coffee": 0}
     with poll.connect(path) as client:
         receive(client)
         for message in ("Milk", b"Tea", ""):
@@ -133,11 +133,11 @@ def test_what_is_no_vote_changes_nothing(
 
 def test_where_there_is_no_poll(poll: BrokerProcess, room: str) -> None:
     path = f"/party/{room}"
-    assert httpx.get(poll.url(path)).status_code == 404
+    assert http("GET", poll.url(path)).status_code == 404
     with poll.connect(path) as client:
         client.send("Tea")
         assert receive(client) == {"error": "there is no such poll"}
-        httpx.put(poll.url(path), json=QUESTION)
+        http("PUT", poll.url(path), json=QUESTION)
         assert receive(client) == {"question": "Drinks?", "votes": {"Tea": 0, "Coffee": 0}, "mine": None}
 
 

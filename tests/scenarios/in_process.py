@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
@@ -38,7 +38,8 @@ class RawConnector(Connector):
         if opcode == PONG:
             return payload
         if opcode == PING:
-            self._raw.send_frame(PONG, payload)
+            with suppress(OSError):  # the broker may have closed meanwhile, and what it has sent tells
+                self._raw.send_frame(PONG, payload)
         elif opcode == CLOSE:
             code = int.from_bytes(payload[:2], "big") if payload else 1005
             self._closed = (code, payload[2:].decode())

@@ -100,8 +100,6 @@ def scenario_an_on_error_that_fails_is_only_logged(stage: Stage):  # S20
 class Patient(Server):
     """Waits in its turns; each sees all that the one before has done."""
 
-    turn_timeout = 1.0
-
     def __init__(self, room):
         self.inside = 0
 
@@ -120,6 +118,10 @@ class Patient(Server):
         connection.send(type(error).__name__)
 
 
+class Impatient(Patient):
+    turn_timeout = 0.5
+
+
 def scenario_turns_of_a_room_come_one_after_the_other(stage: Stage):  # S19
     anna = stage.connect(Patient, "anna")
     anna.send("0.1 a", "0 b", "0.05 c", "0 d")
@@ -136,7 +138,7 @@ def scenario_rooms_do_not_wait_for_each_other(stage: Stage):  # S19
 
 
 def scenario_a_turn_that_takes_too_long_is_ended(stage: Stage):  # S20
-    anna = stage.connect(Patient, "anna")
+    anna = stage.connect(Impatient, "anna")
     with stage.errors(TurnTimeout):
         anna.send("100 never", "0 next")
         anna.expect("TurnTimeout", ["next"])

@@ -2,7 +2,8 @@
 //
 // {"do": "open", "tab": name, "args": [url, {storage, context}]} opens a tab; `storage` is what its
 // sessionStorage begins with, `context` gives it a browser context of its own with these options.
-// {"do": "record", "tab": name} tells what has happened in it: its WebSockets, and all that went wrong.
+// {"do": "record", "tab": name} tells what has happened in it: its WebSockets, and all that went wrong; "received" tells
+// how many frames have come on its WebSockets.
 // Any other "do" is a method of Playwright's Page. Peer: tests/e2e/browser.py.
 
 import { createInterface } from "node:readline";
@@ -16,13 +17,16 @@ const quiet = [
 const browser = await chromium.launch({ executablePath, args: quiet, chromiumSandbox: process.getuid() !== 0 });
 const shared = await browser.newContext();
 const tabs = new Map();
+const received = new Map();
 
 async function open(name, url, { storage = {}, context } = {}) {
   const page = await (context ? await browser.newContext(context) : shared).newPage();
-  page.setDefaultTimeout(15_000);
+  page.setDefaultTimeout(30_000);
   const record = { opened: 0, closed: 0, problems: [], outside: [] };
+  received.set(name, 0);
   page.on("websocket", (socket) => {
     record.opened += 1;
+    socket.on("framereceived", () => received.set(name, received.get(name) + 1));
     socket.on("close", () => (record.closed += 1));
   });
   page.on("pageerror", (error) => record.problems.push(String(error)));
@@ -43,6 +47,7 @@ async function obey({ do: what, tab, args = [] }) {
   if (what === "open") return open(tab, ...args);
   const { page, record } = tabs.get(tab);
   if (what === "record") return record;
+  if (what === "received") return received.get(tab);
   if (what === "close") tabs.delete(tab);
   const result = await page[what](...args);
   return ["evaluate", "textContent", "inputValue", "isVisible", "title"].includes(what) ? result : null;
