@@ -237,7 +237,7 @@ class Stage:
         return json.loads((self.folder / name).read_text())
 
 
-async def until(condition: Callable[[], object], seconds: float = 20) -> None:
+async def until(condition: Callable[[], object], seconds: float = 60) -> None:
     with trio.fail_after(seconds):
         while True:
             await trio.sleep(0.005)  # what is waited for happens in other processes
@@ -245,11 +245,11 @@ async def until(condition: Callable[[], object], seconds: float = 20) -> None:
                 return
 
 
-def running(supervisor: Supervisor, script: Callable[[], Awaitable[None]], seconds: float = 60) -> None:
+def running(supervisor: Supervisor, script: Callable[[], Awaitable[None]]) -> None:
     """Run the supervisor with the script beside it, then stop it."""
 
     async def main() -> None:
-        with trio.fail_after(seconds):
+        with trio.fail_after(100):
             async with trio.open_nursery() as nursery:
                 await nursery.start(supervisor.run)
                 try:
@@ -340,7 +340,7 @@ def refused(text: str) -> Iterator[None]:
 
 def running_to_its_end(supervisor: Supervisor) -> None:
     async def main() -> None:
-        with trio.fail_after(60):
+        with trio.fail_after(100):
             await supervisor.run()
 
     trio.run(main)
@@ -368,7 +368,7 @@ trio.run(supervisor.run)
 """
 
 
-def settled(condition: Callable[[], object], seconds: float = 20) -> None:
+def settled(condition: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

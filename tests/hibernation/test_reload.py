@@ -117,6 +117,7 @@ def test_a_reload_whose_hosts_never_reach_the_gateway_says_so(stage, gateway):
 
     async def script():
         await until(stage.is_up)
+        stage.does("host")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(reloading)
             await until(lambda: stage.pids("host term"))

@@ -336,7 +336,7 @@ def test_a_signal_drains_and_stops_with_status_0(stage, program, number):
     process = program()
     assert process.stdout.readline().startswith("ready ")
     process.send_signal(number)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert [line for line in stage.journal if "term" in line] == ["gateway term", "host term", "keeper term"]
 
 
@@ -349,7 +349,7 @@ def test_a_second_signal_forces_with_status_0(stage, program):
     settled(lambda: "gateway term" in stage.journal)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_signal_while_the_app_is_still_loading_stops_with_status_0(stage, program):
@@ -357,7 +357,7 @@ def test_a_signal_while_the_app_is_still_loading_stops_with_status_0(stage, prog
     process = program()
     settled(lambda: "host start" in stage.journal)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 # Its parts

@@ -79,7 +79,12 @@ def test_a_burst_of_completions_is_all_taken_and_leaves_the_descriptor_quiet(wri
     assert [number for number, _ in wait(writer, total)] == list(range(1, total + 1))
     # A signal may still be on its way for what has been taken: it has come when the next job runs.
     begun, gate = threading.Event(), threading.Event()
-    writer.submit(lambda: (begun.set(), gate.wait()))
+
+    def block():
+        begun.set()
+        gate.wait()
+
+    writer.submit(block)
     assert begun.wait(20)
     assert writer.completed() == []
     assert not readable(writer)
