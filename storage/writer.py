@@ -29,6 +29,7 @@ class Writer:
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._finished: deque[Completion] = deque()
         self._submitted = 0
+        self._ended = 0  # set by the thread
         self._closed = False
         # Set by the thread before it writes to `fd`, reset by the owner after it has drained `fd` and before
         # it empties `_finished`: what is appended after the reset signals again, what came before it is taken
@@ -62,9 +63,7 @@ class Writer:
     @property
     def pending(self) -> int:
         """How many jobs have been submitted and not yet run to their end."""
-        return self._jobs.qsize() + self._running
-
-    _running = 0
+        return self._submitted - self._ended
 
     def close(self) -> None:
         """Finish what is queued, end the thread and close `fd`. What finished last can still be taken.
@@ -81,7 +80,6 @@ class Writer:
     def _run(self) -> None:
         number = 0
         while (job := self._jobs.get()) is not None:
-            self._running = 1
             number += 1
             error: BaseException | None = None
             try:
@@ -92,7 +90,7 @@ class Writer:
             del job
             self._finished.append((number, error))
             del error
-            self._running = 0
+            self._ended = number
             if not self._signalled:
                 self._signalled = True
                 os.eventfd_write(self.fd, 1)

@@ -1,10 +1,12 @@
 """The command line: what it prints, what it refuses, and with which status."""
 
+import contextlib
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -88,7 +90,8 @@ class Broker:
         # They outlive their supervisor (S34), and hold the other ends of its pipes.
         for listed in self.folder.rglob("processes.json"):
             for _, pid in ProcessList(listed.parent).surviving():
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it may be about to end by itself
+                    os.kill(pid, signal.SIGKILL)
         for process in self._started:
             process.communicate()
 
@@ -454,14 +457,18 @@ class Chat(Server):
 
 
 def open_room(url: str, room: str, who: str = "ann") -> ClientConnection:
-    return connect(f"{url.replace('http', 'ws')}/party/{room}?_pk={who}", proxy=None, close_timeout=5)
+    return connect(
+        f"{url.replace('http', 'ws')}/party/{room}?_pk={who}", proxy=None, open_timeout=30, close_timeout=5
+    )
 
 
 @pytest.fixture
 def served(broker: Broker) -> str:
     """An instance of the chat; gives its address."""
     (broker.folder / "chat.py").write_text(CHAT)
-    return ready(broker.start("serve", "chat.py", "--bind", "127.0.0.1:0"))
+    url = ready(broker.start("serve", "chat.py", "--bind", "127.0.0.1:0"))
+    until(lambda: broker.stats()["hosts"])  # which connect by themselves once the gateway is there
+    return url
 
 
 @pytest.mark.e2e
@@ -469,14 +476,14 @@ def test_serve_answers_and_stops_with_status_0(broker):
     (broker.folder / "chat.py").write_text(CHAT)
     process = broker.start("serve", "chat.py", "--bind", "127.0.0.1:0")
     url = ready(process)
-    with urllib.request.urlopen(f"{url}/_broker/health", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/_broker/health", timeout=30) as answer:
         assert answer.status == 200
     with open_room(url, "lobby") as client:
         client.send("hi")
-        assert client.recv(timeout=10) == "hi"
+        assert client.recv(timeout=30) == "hi"
         process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed):
-            client.recv(timeout=10)
+            client.recv(timeout=30)
         assert client.close_code == 1012
     _, err = process.communicate(timeout=30)
     assert process.returncode == 0, err
@@ -490,7 +497,7 @@ def test_the_questions_are_answered_and_wake_nothing(broker, served):
     """S42."""
     with open_room(served, "lobby") as ann, open_room(served, "lobby", "ben") as ben:
         ann.send("hi")
-        assert ann.recv(timeout=10) == ben.recv(timeout=10) == "hi"
+        assert ann.recv(timeout=30) == ben.recv(timeout=30) == "hi"
         before = broker.stats()
         rooms = json.loads(broker.ask("rooms", "--json"))
         assert [(room["party"], room["room"], room["connections"]) for room in rooms] == [
@@ -511,12 +518,12 @@ def test_the_questions_are_answered_and_wake_nothing(broker, served):
 def test_broadcast_send_and_kick_reach_the_sockets(broker, served):
     with open_room(served, "lobby") as ann, open_room(served, "lobby", "ben") as ben:
         broker.ask("broadcast", "lobby", "to all")
-        assert ann.recv(timeout=10) == ben.recv(timeout=10) == "to all"
+        assert ann.recv(timeout=30) == ben.recv(timeout=30) == "to all"
         broker.ask("send", "lobby", "ben", "to you")
-        assert ben.recv(timeout=10) == "to you"
+        assert ben.recv(timeout=30) == "to you"
         broker.ask("kick", "lobby", "ann", "--code", "4001", "--reason", "out")
         with pytest.raises(ConnectionClosed):
-            ann.recv(timeout=10)
+            ann.recv(timeout=30)
         assert (ann.close_code, ann.close_reason) == (4001, "out")
 
 
@@ -537,7 +544,7 @@ def test_stop_ends_what_a_dead_supervisor_has_left_behind(broker, served):
     until(lambda: supervisor_of(broker.folder / ".broker") is None)
     with open_room(served, "lobby") as client:
         client.send("still there")
-        assert client.recv(timeout=10) == "still there"
+        assert client.recv(timeout=30) == "still there"
         refused = invoke("reload", "--data", str(broker.folder / ".broker"))
         assert refused.exit_code == 1
         assert "broker serve on the same directory takes that over" in refused.output
@@ -560,9 +567,13 @@ def test_a_second_start_says_who_holds_the_data_directory(broker, served):
 @pytest.mark.e2e
 def test_the_files_of_an_instance_are_its_owners_alone(broker, served):
     """FAULTS 43."""
+    seen = set()
     for path in [broker.folder / ".broker", *(broker.folder / ".broker").rglob("*")]:
-        mode = path.lstat().st_mode & 0o777
-        assert mode == (0o700 if path.is_dir() else 0o600), path
+        with contextlib.suppress(FileNotFoundError):  # a list that is written anew gets its name at the end
+            mode = path.lstat().st_mode
+            assert mode & 0o777 == (0o700 if stat.S_ISDIR(mode) else 0o600), path
+            seen.add(path.name)
+    assert {"meta.json", "token", "gateway.sock", "shards"} <= seen
 
 
 @pytest.mark.e2e
@@ -572,7 +583,10 @@ def test_a_host_holds_no_socket_of_the_gateway_and_no_file_that_is_not_its_own(b
     (gateway,) = broker.stats()["gateways"]
 
     def sockets(pid: int) -> set[str]:
-        links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+        links = set()
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+                links.add(os.readlink(path))
         return {link for link in links if link.startswith("socket:")}
 
     with open_room(served, "lobby"):
@@ -589,7 +603,7 @@ def test_a_canary_is_in_no_output_and_on_no_command_line_of_a_child(broker):
     token = (broker.folder / ".broker" / "token").read_text().strip()
     with open_room(url, "lobby") as client:
         client.send("hi")
-        client.recv(timeout=10)
+        client.recv(timeout=30)
     processes = broker.stats()
     for pid in (*processes["gateways"], *processes["hosts"]):
         for name in ("cmdline", "environ"):
@@ -615,7 +629,7 @@ def test_dev_puts_saved_code_in_place_and_drops_no_socket(broker):
 
         def says(expected: str) -> bool:
             client.send("?")
-            return client.recv(timeout=10) == f"{expected} ?"
+            return client.recv(timeout=30) == f"{expected} ?"
 
         assert says("1")
         app.write_text(VERSIONED.replace("VERSION", "2"))
@@ -637,7 +651,7 @@ def test_a_killed_host_is_started_again_and_its_sockets_stay(broker, served):
             pids = broker.stats()
             os.kill(pids["hosts"][0], signal.SIGKILL)
             client.send(str(number))
-            assert client.recv(timeout=10) == str(number)
+            assert client.recv(timeout=30) == str(number)
 
 
 @pytest.mark.e2e
@@ -645,7 +659,7 @@ def test_the_demo_names_its_address_and_takes_its_data_away(broker):
     process = broker.start("demo", "--port", "0", environ={"TMPDIR": str(broker.folder)})
     text: list[str] = []
     url = ready(process, text)
-    with urllib.request.urlopen(f"{url}/", timeout=10) as answer:
+    with urllib.request.urlopen(f"{url}/", timeout=30) as answer:
         assert answer.status == 200 and b"<html" in answer.read().lower()
     (folder,) = broker.folder.glob("broker-demo-*")
     assert f"{url}/" in "".join(text) and f"broker rooms --data {folder}\n" in "".join(text)
@@ -663,4 +677,4 @@ def test_a_folder_with_a_storage_of_its_own_is_no_obstacle(broker):
     url = ready(broker.start("serve", "chat.py", "--bind", "127.0.0.1:0"))
     with open_room(url, "lobby") as client:
         client.send("hi")
-        assert client.recv(timeout=10) == "hi"
+        assert client.recv(timeout=30) == "hi"

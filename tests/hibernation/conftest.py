@@ -1,5 +1,6 @@
 """Fixtures of the tests of the supervisor and its parts."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -50,5 +51,6 @@ def program(stage: Stage) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
         assert process.stdout is not None
         process.stdout.close()
     for _, pid in ProcessList(stage.folder).surviving():
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it may be about to end by itself
+            os.kill(pid, signal.SIGKILL)
     settled(lambda: not ProcessList(stage.folder).surviving())

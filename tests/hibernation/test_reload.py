@@ -1,5 +1,6 @@
 """`broker reload`: all new hosts are loaded and checked before any takes a place (S32)."""
 
+import contextlib
 import os
 import signal
 import time
@@ -10,7 +11,7 @@ import pytest
 import trio
 
 from hibernation.processes import started_at_ticks
-from tests.hibernation.stage import QUICK, FakeGateway, Stage, order, refused, running, until
+from tests.hibernation.stage import QUICK, FakeGateway, Stage, order, refused, running, set_seconds, until
 
 
 @pytest.fixture
@@ -54,6 +55,8 @@ def test_code_that_does_not_load_changes_nothing(stage, gateway, behaviour, text
     async def script():
         before = await both_go(stage)
         stage.does("host", behaviour)
+        if behaviour == "hang":
+            set_seconds(timing, "load", 0.5)
         with refused(text):
             await order(stage.folder, "reload")
         assert "host term" not in stage.journal
@@ -61,9 +64,10 @@ def test_code_that_does_not_load_changes_nothing(stage, gateway, behaviour, text
         failed = set(stage.pids("host start")) - set(before)
         assert failed and not any(started_at_ticks(pid) for pid in failed)
         stage.does("host")
+        set_seconds(timing, "load", QUICK.load_seconds)
         await order(stage.folder, "reload")
 
-    timing = replace(QUICK, load_seconds=0.5) if behaviour == "hang" else QUICK
+    timing = replace(QUICK)
     running(stage.supervisor(hosts=2, connect=gateway, timing=timing), script)
 
 
@@ -94,7 +98,7 @@ def test_a_reload_returns_when_the_gateway_has_the_new_hosts(stage, gateway):
     def stats() -> dict[str, list[int]]:
         nonlocal asked
         asked += 1
-        return {"hosts": stage.pids("host go") if asked > 3 else []}
+        return {"hosts": stage.pids("host start") if asked > 3 else []}
 
     gateway.answers["stats"] = stats
 
@@ -109,12 +113,23 @@ def test_a_reload_returns_when_the_gateway_has_the_new_hosts(stage, gateway):
 def test_a_reload_whose_hosts_never_reach_the_gateway_says_so(stage, gateway):
     gateway.answers["stats"] = {"hosts": []}
 
+    timing = replace(QUICK)
+
     async def script():
         await until(stage.is_up)
+        stage.does("host")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reloading)
+            await until(lambda: stage.pids("host term"))
+            set_seconds(timing, "load", 0.3)  # all are loaded, now the gateway's links are waited for
+            os.kill(stage.pids("host start")[0], signal.SIGKILL)
+
+    async def reloading():
         with refused("the new code runs, but the gateway does not have all its hosts"):
             await order(stage.folder, "reload")
 
-    running(stage.supervisor(connect=gateway, timing=replace(QUICK, load_seconds=1)), script)
+    stage.does("host", "stubborn")
+    running(stage.supervisor(connect=gateway, timing=timing), script)
 
 
 def test_a_loaded_host_that_dies_before_its_turn_leaves_its_place_to_a_living_one(stage, gateway):
@@ -125,18 +140,23 @@ def test_a_loaded_host_that_dies_before_its_turn_leaves_its_place_to_a_living_on
         await until(stage.is_up)
         [old] = stage.pids("host go")
 
-        async def kill_the_new_one() -> None:
+        async def kill_the_new_one_then_the_old() -> None:
             await until(lambda: stage.pids("host term"))
-            os.kill(stage.pids("host start")[1], signal.SIGKILL)
+            new = stage.pids("host start")[1]
+            os.kill(new, signal.SIGKILL)
+            # Its death is known when the list, which is written anew then, is without it.
+            await until(lambda: new not in [pid for _, pid, _ in stage.read("processes.json")])
+            stage.does("host")
+            os.kill(old, signal.SIGKILL)
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(kill_the_new_one)
+            nursery.start_soon(kill_the_new_one_then_the_old)
             with refused("the new host 0 ended before its turn: killed by SIGKILL"):
                 await order(stage.folder, "reload")
         await until(lambda: len(stage.pids("host go")) == 2)
         assert started_at_ticks(old) is None
 
-    running(stage.supervisor(connect=gateway, timing=replace(QUICK, finish_seconds=0.5)), script)
+    running(stage.supervisor(connect=gateway), script)
 
 
 def test_a_host_that_dies_while_new_ones_load_is_replaced_by_the_reload(stage, gateway):
@@ -159,15 +179,21 @@ def test_a_host_that_dies_while_new_ones_load_is_replaced_by_the_reload(stage, g
 def test_a_stop_in_a_reload_waits_for_the_place_that_changes_hands(stage, gateway):
     """FAULTS 71: the close turns of the sockets find a host for every shard."""
     stage.does("host", "stubborn")
-    supervisor = stage.supervisor(connect=gateway, timing=replace(QUICK, finish_seconds=0.5))
+    stage.does("gateway", "stubborn")
+    supervisor = stage.supervisor(connect=gateway)
 
     async def script():
         await until(stage.is_up)
+        [old] = stage.pids("host go")
         stage.does("host")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(interrupted)
             await until(lambda: stage.pids("host term"))
             supervisor.request_stop()
+            os.kill(old, signal.SIGKILL)
+            await until(lambda: len(stage.pids("host go")) == 2)
+            await until(lambda: stage.pids("gateway term"))
+            os.kill(stage.pids("gateway start")[0], signal.SIGKILL)
         await until(lambda: stage.pids("keeper term"))
 
     async def interrupted():
@@ -176,7 +202,9 @@ def test_a_stop_in_a_reload_waits_for_the_place_that_changes_hands(stage, gatewa
 
     running(supervisor, script)
     lines = [line for line in stage.journal if line.split()[1] in ("go", "term")]
-    assert lines == ["host go", "host term", "host go", "gateway term", "host term", "keeper term"]
+    assert lines[:2] == ["host go", "host term"] and lines[4:] == ["host term", "keeper term"]
+    # What one is told before the other they may write down in another order.
+    assert sorted(lines[2:4]) == ["gateway term", "host go"]
 
 
 def test_an_order_waits_for_a_reload_after_a_save_no_longer_than_to_be_told(stage, gateway):
@@ -226,7 +254,7 @@ def test_a_child_that_has_beaten_and_stops_is_killed_and_started_again(stage):
         await until(lambda: len(stage.pids("host go")) == 2)
         assert started_at_ticks(hung) is None
 
-    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5)), script)
+    running(stage.supervisor(timing=replace(QUICK, hang_seconds=2)), script)
     assert "host term" not in stage.journal[: stage.journal.index("host silent") + 2]
 
 
@@ -242,17 +270,15 @@ def test_a_stopped_child_is_killed(stage):
         await until(lambda: len(stage.pids("gateway start")) == 2)
         assert started_at_ticks(stopped) is None
 
-    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5)), script)
+    running(stage.supervisor(timing=replace(QUICK, hang_seconds=2)), script)
 
 
 def test_a_gateway_that_is_ready_and_never_beats_is_killed(stage):
     """One that is stopped in its first second is not overlooked."""
 
     async def script():
-        await until(stage.is_up)
-        [silent] = stage.pids("gateway start")
-        await until(lambda: len(stage.pids("gateway start")) == 2)
-        assert started_at_ticks(silent) is None
+        await until(lambda: len(stage.pids("gateway start")) >= 2)
+        assert started_at_ticks(stage.pids("gateway start")[0]) is None
 
     running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5)), script)
 
@@ -262,18 +288,18 @@ def test_a_host_that_was_told_to_go_and_never_beats_is_killed(stage):
 
     async def script():
         await until(stage.is_up)
-        await until(lambda: len(stage.pids("host go")) == 2)
+        await until(lambda: len(stage.pids("host go")) >= 2)
 
-    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5, load_seconds=1)), script)
+    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5, load_seconds=4)), script)
 
 
 def test_a_child_that_beats_or_has_time_to_begin_is_left_alone(stage):
     stage.does("gateway", "pulse")
-    supervisor = stage.supervisor(timing=replace(QUICK, hang_seconds=0.5))
+    supervisor = stage.supervisor(timing=replace(QUICK, hang_seconds=2))
 
     async def script():
         await until(stage.is_up)
-        await trio.sleep(1.5)  # nothing is to happen
+        await trio.sleep(3)  # nothing is to happen
         for child in supervisor._children._running:
             assert "beat" not in getattr(child, "reports", {})
 
@@ -288,12 +314,12 @@ def test_nobody_is_judged_for_a_time_in_which_the_supervisor_stood_still(stage):
         await until(stage.is_up)
         [gateway] = stage.pids("gateway start")
         os.kill(gateway, signal.SIGSTOP)
-        time.sleep(1.5)  # as when the whole machine is suspended
+        time.sleep(3)  # as when the whole machine is suspended
         os.kill(gateway, signal.SIGCONT)
         await trio.sleep(1.0)  # nothing is to happen
         assert started_at_ticks(gateway) is not None
 
-    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.6)), script)
+    running(stage.supervisor(timing=replace(QUICK, hang_seconds=2)), script)
 
 
 # The keeper
@@ -328,9 +354,12 @@ def test_a_keeper_that_does_not_answer_is_killed(stage):
         await until(lambda: len(stage.pids("keeper start")) == 2)
         assert started_at_ticks(first) is None
 
-    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5, keeper_seconds=0.3)), script)
+    running(stage.supervisor(timing=replace(QUICK, hang_seconds=0.5, keeper_seconds=2)), script)
 
 
 def holds(pid: int, inode: int) -> bool:
-    folder = f"/proc/{pid}/fd"
-    return any(os.readlink(f"{folder}/{fd}") == f"socket:[{inode}]" for fd in os.listdir(folder))
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            if os.readlink(f"/proc/{pid}/fd/{fd}") == f"socket:[{inode}]":
+                return True
+    return False

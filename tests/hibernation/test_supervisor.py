@@ -4,8 +4,8 @@ import json
 import os
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +21,15 @@ from hibernation.settings import Settings
 from hibernation.supervisor import Plan, Supervisor
 from storage.directory import socket_path
 from storage.errors import DataDirectoryError
-from tests.hibernation.stage import Stage, running, running_to_its_end, settled, until
+from tests.hibernation.stage import (
+    QUICK,
+    Stage,
+    running,
+    running_to_its_end,
+    set_seconds,
+    settled,
+    until,
+)
 
 
 def more_than(stage: Stage, known: int) -> bool:
@@ -115,7 +123,7 @@ def test_connections_wait_in_the_listener_while_no_gateway_runs(stage):
     async def script():
         await until(stage.is_up)
         os.kill(stage.pids("gateway start")[0], signal.SIGKILL)
-        with socket.create_connection(stage.listener.getsockname(), timeout=5):
+        with socket.create_connection(stage.listener.getsockname(), timeout=20):
             await until(lambda: len(stage.pids("gateway start")) == 2)
 
     running(stage.supervisor(), script)
@@ -137,11 +145,10 @@ def test_a_host_that_always_dies_is_started_ever_more_slowly(stage):
     async def script():
         await until(stage.is_up)
         stage.does("host", "die")
-        os.kill(stage.pids("host go")[0], signal.SIGKILL)
-        await until(lambda: len(stage.pids("host start")) == 5)
         began = trio.current_time()
+        os.kill(stage.pids("host go")[0], signal.SIGKILL)
         await until(lambda: len(stage.pids("host start")) == 6)
-        assert trio.current_time() - began > 0.5  # the fifth wait is 0.8 s, less what was seen late
+        assert trio.current_time() - began >= 0.05 + 0.1 + 0.2 + 0.4 + 0.8
 
     running(stage.supervisor(timing=slow), script)
 
@@ -167,8 +174,14 @@ def test_a_host_that_cannot_load_the_app_at_start_stops_everything(stage, behavi
 
 def test_an_app_that_hangs_when_imported_is_given_up_in_time(stage):
     stage.does("host", "hang")
-    with pytest.raises(StartError, match=r"did not start within 0\.5 s") as raised:
-        running_to_its_end(stage.supervisor(timing=Timing(load_seconds=0.5)))
+    timing = replace(QUICK)
+
+    async def changes():
+        set_seconds(timing, "load", 1)  # the keeper, for which it is a deadline too, has been started
+        yield ()
+
+    with pytest.raises(StartError, match=r"the host 0 did not start within 1 s") as raised:
+        running_to_its_end(stage.supervisor(timing=timing, changes=changes))
     assert raised.value.usage
 
 
@@ -193,9 +206,7 @@ def test_a_host_that_ignores_the_request_to_stop_is_killed_in_time(stage):
     async def script():
         await until(stage.is_up)
 
-    began = time.monotonic()
-    running(stage.supervisor(timing=Timing(finish_seconds=0.3)), script)
-    assert time.monotonic() - began < 10
+    running(stage.supervisor(timing=replace(QUICK, drain_seconds=600, finish_seconds=2)), script)
     assert "host term" in stage.journal
 
 
@@ -258,13 +269,19 @@ def test_reload_swaps_only_after_the_new_code_is_loaded_and_the_old_has_exited(s
 def test_code_that_does_not_load_leaves_the_old_running(stage, capfd):
     """FAULTS 67: named, and going back works."""
     saves = Saves()
+    printed: list[str] = []
+
+    def is_named() -> bool:
+        printed.extend(capfd.readouterr())
+        return "no Server in it" in "".join(printed)
 
     async def script():
         await until(stage.is_up)
         stage.does("host", "error")
         saves.save()
         await until(lambda: len(stage.pids("host start")) == 2)
-        await until(lambda: started_at_ticks(stage.pids("host start")[1]) is None)
+        await until(is_named)  # not before: a save while it loads is one of newer code
+        assert started_at_ticks(stage.pids("host start")[1]) is None
         assert "host term" not in stage.journal
         assert started_at_ticks(stage.pids("host go")[0]) is not None
         stage.does("host")
@@ -272,8 +289,6 @@ def test_code_that_does_not_load_leaves_the_old_running(stage, capfd):
         await until(lambda: len(stage.pids("host go")) == 2)
 
     running(stage.supervisor(changes=saves), script)
-    captured = capfd.readouterr()
-    assert "no Server in it" in captured.out + captured.err
 
 
 def test_a_save_before_the_code_is_loaded_is_not_missed(stage):
@@ -321,7 +336,7 @@ def test_a_signal_drains_and_stops_with_status_0(stage, program, number):
     process = program()
     assert process.stdout.readline().startswith("ready ")
     process.send_signal(number)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
     assert [line for line in stage.journal if "term" in line] == ["gateway term", "host term", "keeper term"]
 
 
@@ -334,7 +349,7 @@ def test_a_second_signal_forces_with_status_0(stage, program):
     settled(lambda: "gateway term" in stage.journal)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 def test_a_signal_while_the_app_is_still_loading_stops_with_status_0(stage, program):
@@ -342,7 +357,7 @@ def test_a_signal_while_the_app_is_still_loading_stops_with_status_0(stage, prog
     process = program()
     settled(lambda: "host start" in stage.journal)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(20) == 0
+    assert process.wait(60) == 0
 
 
 # Its parts

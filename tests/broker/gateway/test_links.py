@@ -79,7 +79,7 @@ class Knocker:
         self._gateway = gateway
         self._descriptor = ours.fileno()
         self.socket = theirs
-        theirs.settimeout(5)
+        theirs.settimeout(20)
         theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
         self._decoder = StreamDecoder()
 
