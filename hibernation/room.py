@@ -13,7 +13,7 @@ from hibernation import wire
 from hibernation.auto_responses import AutoResponse
 from hibernation.connection import Connection
 from hibernation.errors import LimitExceeded, RoomGone
-from hibernation.outgoing import Message, criteria_of, frame_data, size_of, text
+from hibernation.outgoing import Message, broadcast_of, criteria_of, size_of, text
 from hibernation.room_alarms import AlarmSource
 from hibernation.room_storage import Storage
 from hibernation.settings import Settings
@@ -171,13 +171,12 @@ class Room:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
         turn = self._staging()
-        data = frame_data(message)
         if isinstance(without, str | Connection):
             without = (without,)
-        ids = [each.id if isinstance(each, Connection) else text(each, "an id") for each in without]
-        criteria = criteria_of(tag, all_of, any_of, none_of)
-        self._count(turn, size_of(data))
-        turn.effects.append([wire.BROADCAST, self.key, data, ids, *criteria])
+        ids = [each.id if isinstance(each, Connection) else each for each in without]
+        effect, size = broadcast_of(self.key, message, ids, tag, all_of, any_of, none_of)
+        self._count(turn, size)
+        turn.effects.append(effect)
 
     async def get_connection(self, connection_id: str) -> Connection | None:
         """The open connection with this id, or None. Asks the gateway; touches no socket."""
