@@ -26,6 +26,7 @@ from hibernation import wire
 from hibernation.cells import Cell
 from hibernation.pool import LOOK_SECONDS, Pool
 from hibernation.room import Room
+from hibernation.room_storage import settle
 from hibernation.running import FAILED
 from hibernation.staging import Beside, Task, Turn
 from hibernation.suspension import watched
@@ -141,7 +142,7 @@ class Background:
             if type(result) is CoroutineType:
                 work.running = result
                 await watched(result, _nothing, [0])
-            turn.check()
+            await settle(turn)
         except trio.Cancelled:
             room._discard()
             raise

@@ -334,8 +334,6 @@ class RoomDatabase:
             writer.execute(_ADD_ROW, row)
         if cleared:
             writer.execute("DELETE FROM _broker_entries")
-        if batch.drops_tables:
-            self._drop_tables()
         written = batch.rooms.get(self.key)
         if written:
             names = sorted(written) if len(written) > 1 else list(written)

@@ -45,6 +45,9 @@ class Rows(Server):
         elif what == "put":
             storage.put("key", message)
             sender.send(message)
+        elif what == "clear":
+            storage.delete_all()
+            sender.send("cleared")
         elif what == "flush":
             async with storage.transaction():
                 with pytest.raises(RuntimeError, match=r"room\.flush\(\) inside of storage\.transaction"):
@@ -300,6 +303,52 @@ def test_a_message_with_statements_waits_for_the_earlier_ones_of_its_connection(
             assert not anna.received
             bert.send("go")
             await anna.expect("waited, 12", "noted, 13")
+
+    main()
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_delete_all_goes_behind_the_work_that_has_the_database(kind: type[Server]) -> None:
+    """S7, S27: it takes what that has stored, in tables and keys alike."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("hold")
+            await kit.advance(0.1)
+            bert.send("clear")
+            await kit.advance(0.1)
+            assert not bert.received
+            await bert.expect("held, 1", "cleared")
+            bert.send("create")
+            bert.send("how many")
+            await bert.expect("0 None")
+
+    main()
+
+
+def test_delete_all_waits_for_the_earlier_messages_of_its_connection() -> None:
+    """S19, S27: it ends behind them, so it takes what they have stored."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Interleaving) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("wait here")
+            anna.send("clear")
+            await kit.settle()
+            bert.send("note beside")
+            await bert.expect("noted, 1")
+            bert.send("put this")
+            await bert.expect("put this")
+            bert.send("go")
+            await anna.expect("waited, 2", "cleared")
+            anna.send("create")
+            anna.send("how many")
+            await anna.expect("0 None")
 
     main()
 

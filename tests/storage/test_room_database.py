@@ -302,10 +302,8 @@ def test_tables_go_whatever_refers_to_what(room: Room) -> None:
         room.run(statement)
     assert room.run("SELECT * FROM f WHERE f MATCH 'text'") == [{"text": "some text"}]
     room.commit()
-    batch = ShardBatch()
-    batch.clear("main/a")
-    batch.drops_tables = True
-    room.commit(batch)
+    room.database.drop_tables(0)
+    room.commit()
     left = "SELECT name FROM sqlite_schema WHERE name NOT GLOB '*_broker_*' AND name NOT GLOB '*_sqlite_*'"
     assert {row["name"] for row in room.run(left)} <= {"sqlite_sequence"}
     room.database.check()
