@@ -148,6 +148,7 @@ class Background:
             raise
         except BaseException as failure:  # noqa: BLE001 - room code may raise anything
             room._discard()
+            self._flush()  # what had to wait for it
             await trio.lowlevel.checkpoint_if_cancelled()
             return failure
         if turn.used:
