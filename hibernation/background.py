@@ -26,6 +26,7 @@ from hibernation import wire
 from hibernation.cells import Cell
 from hibernation.pool import LOOK_SECONDS, Pool
 from hibernation.room import Room
+from hibernation.room_storage import settle
 from hibernation.running import FAILED
 from hibernation.staging import Beside, Task, Turn
 from hibernation.suspension import watched
@@ -141,12 +142,13 @@ class Background:
             if type(result) is CoroutineType:
                 work.running = result
                 await watched(result, _nothing, [0])
-            turn.check()
+            await settle(turn)
         except trio.Cancelled:
             room._discard()
             raise
         except BaseException as failure:  # noqa: BLE001 - room code may raise anything
             room._discard()
+            self._flush()  # what had to wait for it
             await trio.lowlevel.checkpoint_if_cancelled()
             return failure
         if turn.used:

@@ -20,10 +20,12 @@ but the room: its entries are refused where they are written, and never go there
 One turn at a time has a room's own database: from its first statement until the batch that it ends up in is
 on disk, since its statements are in the one transaction that this commits. The next such turn waits. Turns of
 the room that end meanwhile and have not executed any (in rooms where turns overlap, or have background work)
-are put off until the former has ended; then all go into one batch. Background work has the database from a
-statement that changes something until it flushes. When the gateway goes, and with it all turns under way,
-what is put off for the sake of background work must not wait any longer, since the next gateway has to be
-told of it first: the work loses the statements that it has not flushed, and is told so.
+are put off until the former has ended; then all go into one batch. So are those that end while a turn waits
+that may have the database next: else a room that never stops writing would never give it away. Those that
+wait have it in the order in which they came. Background work has the database from a statement that changes
+something until it flushes. When the gateway goes, and with it all turns under way, what is put off for the
+sake of background work must not wait any longer, since the next gateway has to be told of it first: the work
+that has the database loses the statements that it has not flushed, and is told so.
 
 Invariants:
     H2  no result is released before all that its turn wrote, or could have read, is committed
@@ -66,9 +68,10 @@ log = get_logger("commits")
 class PutOff:
     """What turns that have ended leave to be done when another one has let go of the room's database."""
 
-    __slots__ = ("after", "edits", "lasting", "results", "turns")
+    __slots__ = ("after", "cell", "edits", "lasting", "results", "turns")
 
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell) -> None:
+        self.cell = cell
         #: Whose writes are to be staged.
         self.turns: list[Turn] = []
         #: What leaves then, and about how many bytes its turn has staged.
@@ -120,10 +123,12 @@ class Commits:
         if databases is None:
             databases = RoomDatabases(os.curdir, {}, self.shard_of, durability="full")
         self._databases = databases
-        self._databases.is_needed = lambda key: key in self._forming.shards
+        self._databases.is_needed = lambda key: key in self._forming.shards or key in self._put_off
         self._databases.on_crowd = self.tidy_with_next
-        #: By room: turns that wait for its database; what is put off until the turn that has it has ended.
+        #: By room: tasks that wait for its database; the turns of those that may have it, the next one first;
+        #: what is put off until the turn that has it, or is the next one, has ended.
         self._waiting: dict[str, trio.lowlevel.ParkingLot] = {}
+        self._wanting: dict[str, list[object]] = {}
         self._put_off: dict[str, PutOff] = {}
         self._making: set[str] = set()
         #: Rooms whose alarms have changed while their databases, which note older ones, could not be opened.
@@ -213,7 +218,8 @@ class Commits:
         if turn.cleared:
             batch.clear(cell.key)
             if type(store) is str:
-                batch.drops_tables = batch.drops_tables or turn.inner is None or not turn.inner.dropped
+                assert turn.inner is not None, "see `room_storage.settle`"
+                assert turn.inner.dropped, "see `room_storage.settle`"
                 self._behind(cell.key).clear(cell.key)
         writes = turn.writes
         if writes is not None:
@@ -255,11 +261,11 @@ class Commits:
         return batch
 
     def _put_off_to(self, cell: Cell) -> PutOff:
-        """What the room does next is released when another turn has let go of its database."""
+        """What the room does next is released when another turn has had its database."""
         cell.gate = PUT_OFF
         put_off = self._put_off.get(cell.key)
         if put_off is None:
-            put_off = self._put_off[cell.key] = PutOff()
+            put_off = self._put_off[cell.key] = PutOff(cell)
         return put_off
 
     def hold(
@@ -288,7 +294,7 @@ class Commits:
         """The result that the room holds next is to be on disk before it leaves, whether or not its turn
         wrote.
         """
-        if cell.gate == PUT_OFF:
+        if cell.gate in (PUT_OFF, self._forming.number):
             return
         if cell.shard == -1 or cell.key in self._databases.own:
             self._find_store(cell)
@@ -551,7 +557,8 @@ class Commits:
         self, cell: Cell, turn: object, may_have: Callable[[], bool] = lambda: True
     ) -> RoomDatabase:
         """The room's own database, made if it has none, for this turn alone until that has ended. Waits until
-        all that the room has staged is on disk, and for whoever else has the database.
+        what turns before it have staged there is on disk, and for whoever else has the database, or came
+        before.
 
         Args:
             may_have: Whether the turn may have it now; if not, `look_again` has to be called some time.
@@ -563,18 +570,53 @@ class Commits:
         """
         key = cell.key
         databases = self._databases
-        while True:
-            database = databases.get(key) if key in databases.own else databases.opened(key)
-            if database is not None and database.holder is turn:
-                return database
-            if not cell.gate and key not in self._making and may_have():
-                if database is None:
-                    await self._make(key)
-                    continue
-                if database.is_free:
-                    database.begin(turn, lambda: self._freed(cell))
+        in_line = False
+        try:
+            while True:
+                database = databases.get(key) if key in databases.own else databases.opened(key)
+                if database is not None and database.holder is turn:
                     return database
-            await self._waiting.setdefault(key, trio.lowlevel.ParkingLot()).park()
+                if not in_line and may_have():
+                    in_line = True
+                    self._wanting.setdefault(key, []).append(turn)
+                if in_line and self._wanting[key][0] is turn and key not in self._making:
+                    if database is None:
+                        await self._make(key)
+                        continue
+                    if database.is_free and key not in self._forming.shards:
+                        database.begin(turn, lambda: self._freed(cell))
+                        return database
+                await self._park(key)
+        finally:
+            if in_line:
+                self._leave_line(cell, turn)
+
+    def _leave_line(self, cell: Cell, turn: object) -> None:
+        """A turn has got the room's database, or does not want it any more."""
+        line = self._wanting[cell.key]
+        line.pop(next(place for place, each in enumerate(line) if each is turn))
+        if not line:
+            del self._wanting[cell.key]
+        if self._is_held(cell.key):
+            self.look_again(cell.key)
+        else:
+            self._freed(cell)
+
+    async def database_to_clear(
+        self, cell: Cell, turn: object, may_have: Callable[[], bool] = lambda: True
+    ) -> RoomDatabase | None:
+        """As `own_database`, for a turn that deletes all and is about to end: behind those that have to end
+        before it. None: turns that have ended have left no tables. Those of one that is under way, and makes
+        the first ones, come later.
+        """
+        while not may_have():
+            await self._park(cell.key)
+        if cell.key in self._databases.own or cell.shard == cell.key:
+            return await self.own_database(cell, turn)
+        return None
+
+    async def _park(self, key: str) -> None:
+        await self._waiting.setdefault(key, trio.lowlevel.ParkingLot()).park()
 
     async def _make(self, key: str) -> None:
         self._making.add(key)
@@ -592,12 +634,16 @@ class Commits:
         return changed or bool(turn.writes) or bool(turn.alarms) or turn.cleared
 
     def _is_held(self, key: str) -> bool:
-        """Whether another turn has the room's database."""
+        """Whether another turn has the room's database, or is the next to have it."""
+        if key in self._wanting:
+            return True
         database = self._databases.opened(key)
         return database is not None and database.holder is not None
 
     def _freed(self, cell: Cell) -> None:
-        """The turn that had the room's database has ended, well or not: what it has put off goes on."""
+        """The turn that had the room's database, or was to have it, has ended, well or not: what was put off
+        goes on.
+        """
         put_off = self._put_off.pop(cell.key, None)
         if put_off is not None:
             forming = self._forming
@@ -644,13 +690,18 @@ class Commits:
                     database.undo()
             elif holder is not None:
                 database.undo()
+        for put_off in list(self._put_off.values()):
+            self._freed(put_off.cell)  # only background work is left of those that wait for a database
 
     def holds_up(self, cell: Cell, turn: object) -> bool:
-        """Whether what the room waits for is put off until this turn has let go of the room's database."""
+        """Whether what the room waits for is put off until this turn has had the room's database."""
         if cell.gate != PUT_OFF:
             return False
         database = self._databases.opened(cell.key)
-        return database is not None and database.holder is turn
+        if database is not None and database.holder is not None:
+            return database.holder is turn
+        line = self._wanting.get(cell.key)
+        return line is not None and line[0] is turn
 
     # --- What ended hosts -------------------------------------------------------------------------
 

@@ -226,7 +226,8 @@ class Exchanges:
         try:
             value = await self._turns.call(cell.kind, worker, cell.server, request)
             reply = await watched(to_reply(value), self._pool.suspended, worker.waiting)
-            turn.check()
+            if turn.inner is not None:
+                await self._turns.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything

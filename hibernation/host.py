@@ -796,10 +796,19 @@ class Host:
 
     async def own_database(self, key: str, turn: Turn) -> RoomDatabase:
         """The room's own database, for this turn alone until its end."""
+        cell = self._cell_of(key, turn)
+        return await self._commits.own_database(cell, turn, self._pool.is_first(cell))
+
+    async def database_to_clear(self, key: str, turn: Turn) -> RoomDatabase | None:
+        """The same for a turn that is about to end and deletes all; None: there are no tables."""
+        cell = self._cell_of(key, turn)
+        return await self._commits.database_to_clear(cell, turn, self._pool.is_first(cell))
+
+    def _cell_of(self, key: str, turn: Turn) -> Cell:
         cell = self._pool.cells.get(key)
         if cell is None or cell.room is not turn.room:
             raise RoomGone(key)  # the gateway has gone, and this turn is cancelled
-        return await self._commits.own_database(cell, turn, self._pool.is_first(cell))
+        return cell
 
     async def ask_gateway(self, key: str, what: str, argument: Any) -> Any:
         """Put a question about connections to the room's gateway."""
@@ -824,9 +833,7 @@ class Host:
         """Let leave what the turn has staged so far; return when that is on disk, and the link has room."""
         room = turn.room
         assert room is not None
-        cell = self._pool.cells.get(room.key)
-        if cell is None or cell.room is not room:
-            raise RoomGone(room.key)  # the gateway has gone, and this turn is cancelled
+        cell = self._cell_of(room.key, turn)
         part = turn.split()
         if part.used:
             try:

@@ -11,9 +11,8 @@ from json import dumps as dump_json
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import quote, unquote, urlencode
 
-from hibernation import wire
 from hibernation.errors import FetchCircle, FetchTimeout, LimitExceeded
-from hibernation.outgoing import Message, criteria_of, frame_data, size_of, text
+from hibernation.outgoing import Message, broadcast_of
 from hibernation.settings import Settings
 
 if TYPE_CHECKING:
@@ -218,10 +217,8 @@ class OtherRoom:
         Raises:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
-        data = frame_data(message)
-        ids = [text(each, "an id") for each in ((without,) if isinstance(without, str) else without)]
-        criteria = criteria_of(tag, all_of, any_of, none_of)
-        self._parties._stage([wire.BROADCAST, self.key, data, ids, *criteria], size_of(data))
+        ids = (without,) if isinstance(without, str) else without
+        self._parties._stage(*broadcast_of(self.key, message, ids, tag, all_of, any_of, none_of))
 
 
 def check_room_id(room_id: str) -> str:

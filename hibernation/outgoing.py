@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from json import dumps as dump_json
 from typing import Any
 
+from hibernation import wire
 from hibernation.errors import LimitExceeded
 from hibernation.settings import Settings
 
@@ -25,6 +26,8 @@ def criteria_of(
     tag: str | None, all_of: Iterable[str] | str, any_of: Iterable[str] | str, none_of: Iterable[str] | str
 ) -> list[list[str]]:
     """One form for all filters: three lists of tags. A plain `tag` is one more that must be there."""
+    if tag is None and all_of == () == any_of == none_of:
+        return [[], [], []]  # as most are
     wanted = list(names(all_of))
     if tag is not None:
         wanted.append(tag)
@@ -63,6 +66,26 @@ def frame_data(message: Message) -> str | bytes:
 def size_of(data: str | bytes) -> int:
     """Bytes of a message on the wire, its head aside."""
     return len(data) if type(data) is bytes or data.isascii() else len(data.encode())  # type: ignore[union-attr]
+
+
+def broadcast_of(
+    key: str,
+    message: Message,
+    ids: Iterable[object],
+    tag: str | None,
+    all_of: Iterable[str],
+    any_of: Iterable[str],
+    none_of: Iterable[str],
+) -> tuple[list[Any], int]:
+    """The effect of a broadcast to the room with this key, and its size; `ids` are left out.
+
+    Raises:
+        TypeError, ValueError: See `frame_data` and `text`.
+    """
+    data = frame_data(message)
+    without = [text(each, "an id") for each in ids]
+    effect = [wire.BROADCAST, key, data, without, *criteria_of(tag, all_of, any_of, none_of)]
+    return effect, size_of(data)
 
 
 def check_tags(tags: Iterable[str], settings: Settings) -> tuple[str, ...]:

@@ -74,6 +74,9 @@ class Turns(Protocol):
     ) -> None:
         """End an event that has had its tries, without its hook."""
 
+    async def settle(self, worker: Worker, turn: Turn) -> None:
+        """The hook has returned: do what is left to be done before its turn ends well."""
+
     def finish_start(self, cell: Cell, turn: Turn) -> None:
         """The effects of `on_start` may leave when its writes are on disk."""
 
@@ -628,9 +631,10 @@ class Pool:
                 if type(result) is CoroutineType:
                     worker.running = result
                     await watched(result, self.suspended, worker.waiting)
+                if turn.inner is not None:
+                    await self.turns.settle(worker, turn)
             if deadline.cancelled_caught:
                 raise TurnTimeout("on_start", seconds, "start_timeout")
-            turn.check()
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything

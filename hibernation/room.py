@@ -13,9 +13,9 @@ from hibernation import wire
 from hibernation.auto_responses import AutoResponse
 from hibernation.connection import Connection
 from hibernation.errors import LimitExceeded, RoomGone
-from hibernation.outgoing import Message, criteria_of, frame_data, size_of, text
+from hibernation.outgoing import Message, broadcast_of, criteria_of, size_of, text
 from hibernation.room_alarms import AlarmSource
-from hibernation.room_storage import Storage
+from hibernation.room_storage import Storage, settle
 from hibernation.settings import Settings
 from hibernation.staging import Turn, current_turn
 
@@ -39,6 +39,11 @@ class Backstage(AlarmSource, Protocol):
     async def own_database(self, key: str, turn: Turn) -> "RoomDatabase":
         """The room's own database, made if there is none, for this turn alone until its end. Waits for those
         who have it.
+        """
+
+    async def database_to_clear(self, key: str, turn: Turn) -> "RoomDatabase | None":
+        """The same for a turn that is about to end and deletes all; None: turns that have ended have left no
+        tables.
         """
 
     def read_many(self, key: str, names: Iterable[str]) -> dict[str, bytes]:
@@ -171,13 +176,12 @@ class Room:
             LimitExceeded: The turn stages more than turn_bytes_max.
         """
         turn = self._staging()
-        data = frame_data(message)
         if isinstance(without, str | Connection):
             without = (without,)
-        ids = [each.id if isinstance(each, Connection) else text(each, "an id") for each in without]
-        criteria = criteria_of(tag, all_of, any_of, none_of)
-        self._count(turn, size_of(data))
-        turn.effects.append([wire.BROADCAST, self.key, data, ids, *criteria])
+        ids = [each.id if isinstance(each, Connection) else each for each in without]
+        effect, size = broadcast_of(self.key, message, ids, tag, all_of, any_of, none_of)
+        self._count(turn, size)
+        turn.effects.append(effect)
 
     async def get_connection(self, connection_id: str) -> Connection | None:
         """The open connection with this id, or None. Asks the gateway; touches no socket."""
@@ -288,9 +292,13 @@ class Room:
             SqlError: Background work whose statements are undone, see `storage.sql`.
         """
         turn = self._staging()
-        turn.check()
-        if turn.inner is not None and turn.inner.depth:
-            raise RuntimeError("room.flush() inside of storage.transaction(): flush before it, or behind it")
+        if turn.inner is not None:
+            turn.check()
+            if turn.inner.depth:
+                raise RuntimeError(
+                    "room.flush() inside of storage.transaction(): flush before it, or behind it"
+                )
+            await settle(turn)
         await self._host.flush(turn)
 
     def set_auto_response(

@@ -20,6 +20,7 @@ from storage.values import decode, encode
 
 if TYPE_CHECKING:
     from hibernation.room import Room
+    from storage.room_database import RoomDatabase
     from storage.sql_guard import Value
 
 #: Transactions of one turn that may be open, one in another.
@@ -114,14 +115,19 @@ class Storage(AlarmMethods):
         return Done(sum([blob is not None for blob in found.values()]))
 
     def delete_all(self) -> Done:
-        """Remove everything that the room has stored, tables and alarms included, in one step."""
+        """Remove everything that the room has stored, tables and alarms included, in one step.
+
+        That is what is there when the turn ends, or flushes: where turns overlap, also what others have
+        stored since the call. In a room with tables that end waits as `sql` does.
+        """
         turn = self._room._staging()
         inner = turn.inner
-        if inner is not None:
-            inner.dropped = False
-            if inner.database is not None:
-                inner.database.drop_tables(inner.depth)
-                inner.dropped = True
+        if inner is None:
+            inner = turn.inner = Inner()  # so that `settle` is called
+        inner.dropped = False
+        if inner.database is not None:
+            inner.database.drop_tables(inner.depth)
+            inner.dropped = True
         turn.writes = turn.alarms = None
         turn.cleared = turn.stored = True
         return _DONE
@@ -222,14 +228,8 @@ class Storage(AlarmMethods):
             if turn.room is not room:  # it was given up meanwhile
                 database.undo()
                 raise RoomGone(room.key)
-            inner = turn.inner  # another one, if another task of the turn has flushed meanwhile
-            if inner is None:
-                inner = turn.inner = Inner()
-            inner.database = database
-            turn.stored = True
-        if turn.cleared and not inner.dropped:
-            database.drop_tables(inner.depth)
-            inner.dropped = True
+            inner = _enter(turn, database)
+        _drop_tables(turn, inner)
         settings = room._settings
         rows = database.execute(
             query,
@@ -353,6 +353,50 @@ class Storage(AlarmMethods):
             return None
         check_key(key)
         return room._host.read(room.key, key)
+
+
+async def settle(turn: Turn) -> None:
+    """Do what is left to be done in the room's own database before a turn ends well, or flushes.
+
+    What `delete_all` takes from there goes at that end, since other turns may fill tables until then. It is a
+    statement of this turn, like any other: nobody else has the database from here until it is on disk, so
+    tables and keys go together, and what turns store that end later stays.
+
+    Raises:
+        SqlError: What the turn has executed is lost, or tables cannot be removed.
+        DataDirectoryError: The database cannot be used.
+    """
+    turn.check()
+    inner, room = turn.inner, turn.room
+    if inner is None or inner.dropped or not turn.cleared or room is None:
+        return
+    if inner.database is None:
+        database = await room._host.database_to_clear(room.key, turn)
+        if database is None:
+            return
+        if turn.room is not room:  # it was given up meanwhile
+            database.undo()
+            raise RoomGone(room.key)
+        inner = _enter(turn, database)
+    _drop_tables(turn, inner)
+
+
+def _enter(turn: Turn, database: "RoomDatabase") -> Inner:
+    """The turn has the room's database from now on."""
+    inner = turn.inner  # another one, if another task of the turn has flushed meanwhile
+    if inner is None:
+        inner = turn.inner = Inner()
+    inner.database = database
+    turn.stored = True
+    return inner
+
+
+def _drop_tables(turn: Turn, inner: Inner) -> None:
+    """Remove the tables, if `delete_all` was called and they are still there."""
+    if turn.cleared and not inner.dropped:
+        assert inner.database is not None
+        inner.database.drop_tables(inner.depth)
+        inner.dropped = True
 
 
 def check_key(key: str) -> int:

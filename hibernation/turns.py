@@ -21,6 +21,7 @@ from hibernation.logs import get_logger
 from hibernation.outgoing import check_tags
 from hibernation.room import Room
 from hibernation.room_alarms import Alarm
+from hibernation.room_storage import settle
 from hibernation.running import (
     ALARM,
     ALARMING,
@@ -143,7 +144,7 @@ class Turns:
                         worker.running = result
                         await carry_on(result, trap, worker.waiting)
                 if turn.inner is not None:
-                    turn.check()
+                    await self.settle(worker, turn)
             except trio.Cancelled:
                 raise
             except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -199,7 +200,8 @@ class Turns:
             if "on_connect" in kind.hooks:
                 worker.hook = "on_connect"
                 await self.call(kind, worker, cell.server, connection, context)
-            turn.check()
+            if turn.inner is not None:
+                await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -219,7 +221,8 @@ class Turns:
         worker.hook = "on_close"
         try:
             await self.call(cell.kind, worker, cell.server, connection, code, reason, clean)
-            turn.check()
+            if turn.inner is not None:
+                await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -239,7 +242,8 @@ class Turns:
         worker.hook = "on_alarm"
         try:
             await self.call(cell.kind, worker, cell.server, alarm)
-            turn.check()
+            if turn.inner is not None:
+                await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -332,7 +336,8 @@ class Turns:
         try:
             if worker.hook in cell.kind.hooks:
                 await self.call(cell.kind, worker, cell.server, *arguments)
-                turn.check()
+                if turn.inner is not None:
+                    await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -348,7 +353,8 @@ class Turns:
         worker.hook = "on_error"
         try:
             await self.call(cell.kind, worker, cell.server, None, event[2])
-            turn.check()
+            if turn.inner is not None:
+                await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as error:  # noqa: BLE001 - room code may raise anything
@@ -422,6 +428,11 @@ class Turns:
             return await watched(result, self._suspended, worker.waiting)
         return result
 
+    async def settle(self, worker: Worker, turn: Turn) -> None:
+        """The hook has returned: do what is left to be done before its turn ends well."""
+        worker.running = settling = settle(turn)
+        await watched(settling, self._suspended, worker.waiting)
+
     async def fail(
         self, cell: Cell, room: Room, worker: Worker, connection: Connection | None, error: BaseException
     ) -> Turn:
@@ -439,7 +450,8 @@ class Turns:
         worker.hook = "on_error"
         try:
             await self.call(cell.kind, worker, cell.server, connection, error)
-            turn.check()
+            if turn.inner is not None:
+                await self.settle(worker, turn)
         except trio.Cancelled:
             raise
         except BaseException as second:  # noqa: BLE001 - room code may raise anything

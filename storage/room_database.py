@@ -22,6 +22,8 @@ Invariants:
     Q4  the open transaction holds what `_noted` lists, and nothing else
     Q5  what `_broker_facts` notes of alarms, the shard has been told before the next commit here, and before
         the file is closed
+    Q6  no foreign key waits for the COMMIT, which could tell nobody of what it finds: none is INITIALLY
+        DEFERRED
 """
 
 import os
@@ -46,6 +48,7 @@ from storage.database import (
     translate,
 )
 from storage.errors import (
+    CommitRefused,
     CommitUnknown,
     DatabaseDamaged,
     DataDirectoryError,
@@ -65,7 +68,7 @@ from storage.shards import (
     select_many,
     select_range,
 )
-from storage.sql_guard import CELL_BYTES_MAX, INTERNAL, STATEMENT_BYTES_MAX, Guard, Value, bind
+from storage.sql_guard import CELL_BYTES_MAX, INTERNAL, STATEMENT_BYTES_MAX, Guard, Value, at_once, bind
 
 #: Size that a room's tables may grow to by its statements, unless something else is said.
 DATABASE_BYTES_MAX: Final = 1024 * 1024 * 1024
@@ -91,6 +94,8 @@ _NOTE_ALARMS = "UPDATE _broker_facts SET alarms = ?"
 _OWN = "UPDATE _broker_facts SET room = ?, generation = ?"
 _ROWS = "SELECT seq, items FROM _broker_outbox ORDER BY seq"
 _GET = "SELECT value FROM _broker_entries WHERE key = ?"
+_DEFINITIONS = "SELECT rowid, sql FROM sqlite_schema WHERE type = 'table' AND sql LIKE '%initially%'"
+_DEFINE = "UPDATE sqlite_schema SET sql = ? WHERE rowid = ?"
 _FORGET_ROWS = "DELETE FROM _broker_outbox WHERE seq <= ?"
 _ADD_ROW = "INSERT INTO _broker_outbox (seq, items) VALUES (?, ?)"
 _DELETE = RowStatement("DELETE FROM _broker_entries WHERE key IN (", "?", ")")
@@ -192,6 +197,7 @@ class RoomDatabase:
             raise translate(error, self.path, opening=True) from error
         if len(found) != 1 or found[0][0] not in ("", self.key):
             raise DatabaseDamaged(self.path, f"it is not the database of room {self.key!r}")
+        self._look_at_foreign_keys()
         #: Q1. The first commit, which makes it so, is as durable as can be: only behind it do entries leave
         #: the shard.
         self.complete = found[0][0] == self.key
@@ -204,6 +210,35 @@ class RoomDatabase:
         writer.set_progress_handler(self._guard.is_too_late, _STEPS)
         if rows := self.rows():
             self.newest_row = rows[-1][0]
+
+    def _look_at_foreign_keys(self) -> None:
+        """See to Q6 in a file from elsewhere: the guard lets no room make such a thing. What changes is in
+        the schema alone (lang_altertable.html, section 7): rows are as they were.
+        """
+        writer = self._file.writer
+        try:
+            changed = [
+                (definition, row)
+                for row, found in writer.execute(_DEFINITIONS).fetchall()
+                if (definition := at_once(found)) != found
+            ]
+            if not changed:
+                return
+            with self._file.transaction(keep_reserve=False):
+                [(version,)] = writer.execute("PRAGMA schema_version").fetchall()
+                writer.execute("PRAGMA writable_schema = on").fetchall()
+                try:
+                    writer.executemany(_DEFINE, changed)
+                    writer.execute(f"PRAGMA schema_version = {version + 1:d}").fetchall()
+                finally:
+                    writer.execute("PRAGMA writable_schema = off").fetchall()
+            writer.execute("PRAGMA writable_schema = reset").fetchall()  # this connection reads it anew
+        except (sqlite3.Error, CommitRefused) as error:
+            raise DataDirectoryError(
+                self.path,
+                f"a foreign key in it is INITIALLY DEFERRED, and that cannot be changed: {error}",
+                "Make the table anew without that, or free some space",
+            ) from error
 
     @property
     def path(self) -> Path:
@@ -299,8 +334,6 @@ class RoomDatabase:
             writer.execute(_ADD_ROW, row)
         if cleared:
             writer.execute("DELETE FROM _broker_entries")
-        if batch.drops_tables:
-            self._drop_tables()
         written = batch.rooms.get(self.key)
         if written:
             names = sorted(written) if len(written) > 1 else list(written)

@@ -90,7 +90,6 @@ class ShardBatch:
         "bytes",
         "cleared",
         "crons",
-        "drops_tables",
         "rooms",
     )
 
@@ -109,8 +108,6 @@ class ShardBatch:
         """Bytes of keys and values taken by `put` and `delete`, also of what was replaced since."""
         self.adopted: set[str] | None = None
         """Rooms whose entries are all in a database of their own by now: here they go."""
-        self.drops_tables = False
-        """Of a room with a database of its own: whatever its code has created there goes too."""
 
     def put(self, room_key: str, key: str, value: bytes) -> None:
         """Set one entry.

@@ -17,7 +17,7 @@ from typing import Any, Final, NoReturn
 from storage.errors import SqlError, StorageLimitError
 from storage.values import VALUE_BYTES_MAX
 
-__all__ = ["CELL_BYTES_MAX", "INTERNAL", "STATEMENT_BYTES_MAX", "Guard", "Value", "bind"]
+__all__ = ["CELL_BYTES_MAX", "INTERNAL", "STATEMENT_BYTES_MAX", "Guard", "Value", "at_once", "bind"]
 
 #: Largest text, blob or row of a table, in bytes; so also the largest parameter.
 CELL_BYTES_MAX: Final = VALUE_BYTES_MAX
@@ -97,6 +97,10 @@ _NOT_SAID: Final = re.compile(
     r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]""", re.DOTALL
 )
 _DEFERRED: Final = re.compile(r"\binitially\s+deferred\b", re.IGNORECASE)
+#: The same in a definition that is kept as it is, comments included; or what that does not say.
+_DEFERRED_THERE: Final = re.compile(
+    rf"{_NOT_SAID.pattern}|\b(initially(?:\s|--[^\n]*\n|/\*.*?\*/)+)deferred\b", re.DOTALL | re.IGNORECASE
+)
 #: Foreign keys are looked at with each statement: what only a COMMIT would find could be told to nobody.
 _DEFERRING: Final = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_ALTER_TABLE})
 _ONE_TURN: Final = (
@@ -202,6 +206,13 @@ class Guard:
     def _refuse(self, reason: str, remedy: str) -> int:
         self.refused = (reason, remedy)
         return sqlite3.SQLITE_DENY
+
+
+def at_once(definition: str) -> str:
+    """Give a table's definition with foreign keys that are looked at with each statement."""
+    return _DEFERRED_THERE.sub(
+        lambda found: found[0] if found[1] is None else f"{found[1]}IMMEDIATE", definition
+    )
 
 
 def bind(statement: str, parameters: Sequence[Any]) -> tuple[Value, ...]:

@@ -93,6 +93,9 @@ class House:
     def read(self, key: str, name: str) -> bytes | None:
         return self.shard.get(key, name)
 
+    async def database_to_clear(self, _key: str, _turn: Turn) -> None:
+        """There are no tables."""
+
     async def tell(self, data: Any, room: str = "main/r") -> None:
         """A message for a room; returns when its turn has ended."""
         self.inbox.append([wire.MESSAGE, room, 1, 1, CARD, None, 0, data])

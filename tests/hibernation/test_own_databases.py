@@ -24,7 +24,7 @@ from hibernation.commits import Commits
 from hibernation.errors import LimitExceeded, RoomGone
 from hibernation.party import make_parties
 from hibernation.room import Room
-from hibernation.room_storage import TRANSACTIONS_MAX, Storage
+from hibernation.room_storage import TRANSACTIONS_MAX, Storage, settle
 from hibernation.settings import Settings
 from hibernation.staging import Beside, Turn
 from storage.alarms import BEFORE_ALL, AlarmRow, AlarmTable
@@ -115,6 +115,9 @@ class World:
     async def own_database(self, key: str, turn: Turn) -> RoomDatabase:
         return await self.commits.own_database(self.cells[key], turn)
 
+    async def database_to_clear(self, key: str, turn: Turn) -> RoomDatabase | None:
+        return await self.commits.database_to_clear(self.cells[key], turn)
+
     # --- As a host
 
     def cell(self, room: str) -> Cell:
@@ -134,6 +137,7 @@ class World:
         turn = cell.room._begin()
         try:
             result = await steps(cell.room.storage)
+            await settle(turn)
         except BaseException:
             cell.room._discard()
             raise
@@ -949,6 +953,259 @@ def test_a_death_at_any_statement_leaves_what_some_of_the_turns_have_done(
         found.close()
         seen.add(turns)
     assert seen == {1, 2, 3}
+
+
+# delete_all
+
+
+def delete_all(**entries: Any) -> Steps:
+    """Delete all, and write entries behind that."""
+
+    async def steps(storage: Storage) -> None:
+        storage.delete_all()
+        if entries:
+            storage.put(entries)
+
+    return steps
+
+
+async def _waits_until(world: World, steps: Callable[[], None], *turns: Any) -> None:
+    """Begin turns, each in a task of its own and behind the one before; take the steps when all wait; commit
+    until all have ended.
+    """
+    with trio.fail_after(20):
+        async with trio.open_nursery() as nursery:
+            for turn in turns:
+                nursery.start_soon(world.turn, *turn)
+                await trio.testing.wait_all_tasks_blocked()
+            steps()
+            while nursery.child_tasks:
+                world.settle()
+                await trio.testing.wait_all_tasks_blocked()
+    world.settle()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_delete_all_takes_keys_and_tables_as_its_turn_s_end_finds_them(world: World, fails: bool) -> None:
+    """S27: where another turn has the database meanwhile; what turns store that end later stays."""
+    world.do("r", "moves", add("first", old=1))
+
+    async def main() -> None:
+        cell = world.cell("r")
+        room = cell.room
+        assert room is not None
+        turn = room._begin()
+        await add("long", long=1)(room.storage)
+
+        def end() -> None:
+            assert world.names == ["moves"]
+            cell.room = room
+            if fails:
+                room._discard()
+            else:
+                world.finish(cell, turn, "long")
+
+        await _waits_until(
+            world,
+            end,
+            ("r", "deletes", delete_all(new=1)),
+            ("r", "short", put(short=1)),
+            ("r", "sql", add("b")),
+        )
+
+    trio.run(main)
+    # "short" has ended before "deletes" has.
+    left = world.names[1:]
+    assert left == (["short", "deletes", "sql"] if fails else ["short", "long", "deletes", "sql"])
+    assert world.stored("r") == ({"new": 1}, ["b"])
+
+
+def test_delete_all_leaves_the_first_tables_to_the_turn_that_makes_them(world: World) -> None:
+    """S27: it ends later, so they come later; its keys do, too."""
+    world.do("r", "puts", put(old=1))
+
+    async def main() -> None:
+        cell = world.cell("r")
+        room = cell.room
+        assert room is not None
+        turn = room._begin()
+        await add("a", long=1)(room.storage)
+        await _waits_until(world, lambda: None, ("r", "deletes", delete_all(new=1)))
+        cell.room = room
+        world.finish(cell, turn, "moves")
+        world.settle()
+
+    trio.run(main)
+    assert world.names == ["puts", "deletes", "moves"]
+    assert world.stored("r") == ({"long": 1, "new": 1}, ["a"])
+
+
+def test_delete_all_behind_the_first_tables_that_are_on_their_way_to_disk(world: World) -> None:
+    """S27: they are not on disk when its turn ends, and go."""
+
+    async def main() -> None:
+        await world.turn("r", "moves", add("a", key=1))
+        await _waits_until(world, lambda: None, ("r", "deletes", delete_all(new=1)))
+
+    trio.run(main)
+    assert world.names == ["moves", "deletes"]
+    assert world.stored("r") == ({"new": 1}, [])
+
+
+def test_delete_all_waits_for_earlier_turns_of_its_connection(world: World) -> None:
+    """S19, S27: which may make tables until they end."""
+    world.do("r", "puts", put(old=1))
+    may_end = False
+
+    async def main() -> None:
+        cell = world.cell("r")
+        turn = Turn(cell.room)
+        got: list[RoomDatabase | None] = []
+
+        async def clear() -> None:
+            got.append(await world.commits.database_to_clear(cell, turn, lambda: may_end))
+
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(clear)
+                await trio.testing.wait_all_tasks_blocked()
+                await world.turn("r", "moves", add("a"))
+                world.settle()
+                world.commits.look_again("main/r")
+                await trio.testing.wait_all_tasks_blocked()
+                assert not got
+                nonlocal may_end
+                may_end = True
+                world.commits.look_again("main/r")
+        [database] = got
+        assert database is not None
+        assert database is world.databases.opened("main/r")
+        database.undo()
+
+    trio.run(main)
+    assert world.stored("r") == ({"old": 1}, ["a"])
+
+
+def test_delete_all_that_is_undone_or_flushed_leaves_what_it_should(world: World) -> None:
+    """S27, S28: with statements inside of the transaction that is undone; and a part that is flushed."""
+    world.do("r", "moves", add("first", old=1))
+
+    async def undone(storage: Storage) -> None:
+        with pytest.raises(Undo):
+            async with storage.transaction():
+                storage.delete_all()
+                await add("gone")(storage)
+                raise Undo
+        storage.put("key", 1)
+
+    async def inner_undone(storage: Storage) -> None:
+        storage.delete_all()
+        with pytest.raises(Undo):
+            async with storage.transaction():
+                await add("gone")(storage)
+                raise Undo
+
+    world.do("r", "undone", undone)
+    assert world.stored("r") == ({"key": 1, "old": 1}, ["first"])
+    world.do("r", "inner undone", inner_undone)
+    assert world.stored("r") == ({}, [])
+
+
+# Whose turn it is
+
+
+def test_a_turn_with_statements_is_not_kept_waiting_by_those_that_write(world: World) -> None:
+    """S28: in a room that never stops writing; and two of them have the database in their order."""
+    world.do("r", "moves", add("first"))
+    rounds = 8
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "write", put(key=-1))
+            async with trio.open_nursery() as nursery:
+                for name in ("one", "two"):
+                    nursery.start_soon(world.turn, "r", name, add(name))
+                    await trio.testing.wait_all_tasks_blocked()
+                for number in range(rounds):
+                    world.commits.end_round()
+                    # While the former commit is under way, so that something always waits for the next one.
+                    async with trio.open_nursery() as writing:  # noqa: ASYNC112 - its turn is another task's
+                        writing.start_soon(world.turn, "r", f"write {number}", put(key=number))
+                    if world.writer.jobs:
+                        world.writer.finish()
+                        world.commits.completed()
+                    await trio.testing.wait_all_tasks_blocked()
+            world.settle()
+
+    trio.run(main)
+    names = [name for name in world.names if name.startswith("write ")]
+    assert names == [f"write {number}" for number in range(rounds)]
+    assert "one" in world.names[:6]
+    assert world.names.index("one") < world.names.index("two") < len(world.names) - 1
+    assert world.stored("r") == ({"key": rounds - 1}, ["first", "one", "two"])
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_what_is_put_off_for_a_turn_that_waits_goes_on_when_that_is_cancelled(
+    world: World, other: bool
+) -> None:
+    """S20, H3: with nobody behind it, and with another one that waits."""
+    world.do("r", "moves", add("first"))
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "1", put(key=1))
+            async with trio.open_nursery() as nursery:
+                scope = trio.CancelScope()
+
+                async def waits() -> None:
+                    with scope:
+                        await world.turn("r", "never", add("never"))
+
+                nursery.start_soon(waits)
+                await trio.testing.wait_all_tasks_blocked()
+                if other:
+                    nursery.start_soon(world.turn, "r", "other", add("other"))
+                    await trio.testing.wait_all_tasks_blocked()
+                async with trio.open_nursery() as writing:  # noqa: ASYNC112 - its turn is another task's
+                    writing.start_soon(world.turn, "r", "2", put(key=2))
+                scope.cancel()
+                while nursery.child_tasks:
+                    await trio.testing.wait_all_tasks_blocked()
+                    world.settle()
+            world.settle()
+
+    trio.run(main)
+    assert world.names == ["moves", "1", "2", *(["other"] if other else [])]
+    assert world.stored("r") == ({"key": 2}, ["first", *(["other"] if other else [])])
+    assert not world.commits._put_off
+    assert not world.commits._wanting
+
+
+def test_a_gateway_goes_while_background_work_waits_for_the_database(world: World) -> None:
+    """S22: what was put off for it is kept for the next gateway, and it goes on."""
+    world.do("r", "moves", add("first"))
+    world.commits._ready = lambda _: False
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "1", put(key=1))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(world.turn, "r", "work", add("work"))
+                await trio.testing.wait_all_tasks_blocked()
+                async with trio.open_nursery() as writing:  # noqa: ASYNC112 - its turn is another task's
+                    writing.start_soon(world.turn, "r", "2", put(key=2))
+                world.commits.abandon_turns()
+                world.commits.forget()
+                unsaid = world.commits.newest
+                world.commits._ready = lambda _: True
+                world.settle()
+                assert (world.names, world.commits.has_ended(unsaid)) == (["moves", "1", "2"], True)
+            world.settle()
+
+    trio.run(main)
+    assert world.names[3:] == ["work"]
+    assert world.stored("r") == ({"key": 2}, ["first", "work"])
 
 
 # Transactions, values and lists, against a model

@@ -45,6 +45,9 @@ class FakeHost:
         found = [(name, self.disk[name]) for name in select(self.disk, **{**bounds, "limit": None})]
         return found[: bounds["limit"]]
 
+    async def database_to_clear(self, key: str, turn: Turn) -> None:
+        """There are no tables."""
+
     def check_alarms(self, key: str) -> None:
         assert key == "chat/lobby"
 

@@ -31,6 +31,8 @@ class Rows(Server):
             self.room.start_soon(self.ask)
         elif what == "hold":
             self.room.start_soon(self.hold)
+        elif what == "break":
+            self.room.start_soon(self.break_off)
         elif what == "create":
             await storage.sql(CREATE)
         elif what == "go":
@@ -45,6 +47,9 @@ class Rows(Server):
         elif what == "put":
             storage.put("key", message)
             sender.send(message)
+        elif what == "clear":
+            storage.delete_all()
+            sender.send("cleared")
         elif what == "flush":
             async with storage.transaction():
                 with pytest.raises(RuntimeError, match=r"room\.flush\(\) inside of storage\.transaction"):
@@ -81,6 +86,11 @@ class Rows(Server):
         await self.room.storage.sql(INSERT, "held")
         await trio.sleep(1)
         self.room.broadcast(f"held, {await self.count()}")
+
+    async def break_off(self) -> None:
+        await self.room.storage.sql(INSERT, "lost")
+        await trio.sleep(0.5)
+        raise ValueError("broken off")
 
 
 class Waking(Server):
@@ -300,6 +310,74 @@ def test_a_message_with_statements_waits_for_the_earlier_ones_of_its_connection(
             assert not anna.received
             bert.send("go")
             await anna.expect("waited, 12", "noted, 13")
+
+    main()
+
+
+def test_what_was_put_off_for_background_work_leaves_when_that_fails() -> None:
+    """S7, S20: though nothing comes behind that, and nobody is told."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Rows) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("break")
+            await kit.advance(0.1)
+            bert.send("put this")
+            await kit.advance(0.1)
+            assert not bert.received
+            with kit.expect_error(ValueError):
+                await kit.advance(0.4)  # to behind its end, and before anything that comes each second
+            assert list(bert.received) == ["put this"]
+            bert.send("how many")
+            await bert.expect("put this", "0 put this")
+
+    main()
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_delete_all_goes_behind_the_work_that_has_the_database(kind: type[Server]) -> None:
+    """S7, S27: it takes what that has stored, in tables and keys alike."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("hold")
+            await kit.advance(0.1)
+            bert.send("clear")
+            await kit.advance(0.1)
+            assert not bert.received
+            await bert.expect("held, 1", "cleared")
+            bert.send("create")
+            bert.send("how many")
+            await bert.expect("0 None")
+
+    main()
+
+
+def test_delete_all_waits_for_the_earlier_messages_of_its_connection() -> None:
+    """S19, S27: it ends behind them, so it takes what they have stored."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Interleaving) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("wait here")
+            anna.send("clear")
+            await kit.settle()
+            bert.send("note beside")
+            await bert.expect("noted, 1")
+            bert.send("put this")
+            await bert.expect("put this")
+            bert.send("go")
+            await anna.expect("waited, 2", "cleared")
+            anna.send("create")
+            anna.send("how many")
+            await anna.expect("0 None")
 
     main()
 

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 
-from storage.errors import CommitRefused, DatabaseDamaged, SchemaTooNew, SqlError, StorageLimitError
+import storage.room_database
+from storage.errors import (
+    CommitRefused,
+    DatabaseDamaged,
+    DataDirectoryError,
+    SchemaTooNew,
+    SqlError,
+    StorageLimitError,
+)
 from storage.room_database import (
     ROW_OVERHEAD_BYTES,
     VALUE_OVERHEAD_BYTES,
@@ -294,10 +302,8 @@ def test_tables_go_whatever_refers_to_what(room: Room) -> None:
         room.run(statement)
     assert room.run("SELECT * FROM f WHERE f MATCH 'text'") == [{"text": "some text"}]
     room.commit()
-    batch = ShardBatch()
-    batch.clear("main/a")
-    batch.drops_tables = True
-    room.commit(batch)
+    room.database.drop_tables(0)
+    room.commit()
     left = "SELECT name FROM sqlite_schema WHERE name NOT GLOB '*_broker_*' AND name NOT GLOB '*_sqlite_*'"
     assert {row["name"] for row in room.run(left)} <= {"sqlite_sequence"}
     room.database.check()
@@ -316,6 +322,82 @@ def test_a_foreign_key_is_never_left_to_the_commit(room: Room) -> None:
     room.run("INSERT INTO c (p) VALUES (1)")
     room.commit()
     assert room.run("SELECT * FROM c") == [{"p": 1, "note": "INITIALLY DEFERRED"}]
+
+
+@pytest.mark.parametrize("closed_well", [True, False])
+def test_a_foreign_key_of_a_file_from_elsewhere_is_not_left_to_the_commit(
+    tmp_path: Path, closed_well: bool
+) -> None:
+    """Q6, S28: the statement is told, and not the host; what the definition says besides stays."""
+    room = Room(tmp_path)
+    room.run("CREATE TABLE p (id INTEGER PRIMARY KEY)")
+    room.run("INSERT INTO p VALUES (1)")
+    room.commit()
+    room.database.undo()
+    definition = (
+        "CREATE TABLE c (p REFERENCES p DEFERRABLE Initially /* initially deferred */\n  deferred,"
+        " note DEFAULT 'INITIALLY DEFERRED',"
+        ' "initially deferred" REFERENCES p DEFERRABLE INITIALLY DEFERRED)'
+    )
+    path = room.database.path
+    if closed_well:
+        room.close()
+    connection = sqlite3.connect(path)
+    connection.execute(definition)
+    connection.execute("INSERT INTO c (p) VALUES (1)")
+    connection.commit()
+    if not closed_well:
+        room.database.close(keep_log=True)
+        room.shard.close()
+    connection.close()
+    shard = Shard(tmp_path, 0, durability="full")
+    for _ in range(2):
+        database = RoomDatabase(tmp_path, shard, "main/a", durability="full")
+        database.begin(shard, lambda: None)
+
+        def run(statement: str, database: RoomDatabase = database) -> Any:
+            return database.execute(statement, (), depth=0, bytes_max=MIB, seconds=20.0)
+
+        for statement in (
+            "INSERT INTO c (p) VALUES (9)",
+            'UPDATE c SET "initially deferred" = 9',
+            "DELETE FROM p",
+            "UPDATE c SET p = 9",
+        ):
+            with pytest.raises(SqlError, match="FOREIGN KEY"):
+                run(statement)
+        [made] = run("SELECT sql FROM sqlite_schema WHERE name = 'c'")
+        assert made["sql"] == definition.replace("\n  deferred", "\n  IMMEDIATE").replace(
+            "INITIALLY DEFERRED)", "INITIALLY IMMEDIATE)"
+        )
+        run("INSERT INTO p VALUES (NULL)")
+        assert database.end()
+        database.commit(ShardBatch(), [(shard.next_row(), b"row")])
+        database.check()
+        database.close()
+    shard.close()
+
+
+def test_a_foreign_key_that_cannot_be_changed_refuses_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Q6, S36: and says what to do."""
+    room = Room(tmp_path)
+    room.run("CREATE TABLE p (id INTEGER PRIMARY KEY)")
+    room.commit()
+    room.database.undo()
+    path = room.database.path
+    room.close()
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE c (p REFERENCES p DEFERRABLE INITIALLY DEFERRED)")
+    connection.close()
+    shard = Shard(tmp_path, 0, durability="full")
+    monkeypatch.setattr(storage.room_database, "_DEFINE", "UPDATE nowhere SET sql = ? WHERE rowid = ?")
+    with pytest.raises(DataDirectoryError, match=r"INITIALLY DEFERRED.*Make the table anew"):
+        RoomDatabase(tmp_path, shard, "main/a", durability="full")
+    monkeypatch.undo()
+    RoomDatabase(tmp_path, shard, "main/a", durability="full").close()
+    shard.close()
 
 
 def test_a_newer_schema_is_refused_and_the_file_untouched(tmp_path: Path) -> None:
