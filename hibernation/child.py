@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from hibernation.logs import get_logger
+from hibernation.waiting import named
 
 __all__ = ["Child", "Running", "Survivor"]
 
@@ -57,14 +58,22 @@ class Running:
         """
         self.signal(signal.SIGTERM)
         self.signal(signal.SIGCONT)  # a process that is stopped obeys when it goes on
-        with trio.move_on_after(grace_seconds):
-            await self.exited.wait()
-        if not self.exited.is_set():
+        if not await self.ends_within(grace_seconds):
             log.warning(
                 "killed: it did not stop in time", child=self.name, pid=self.pid, after_s=grace_seconds
             )
             self.signal(signal.SIGKILL)
             await self.exited.wait()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether it has exited after so long at most; from SAY_SECONDS on the log says that it is waited
+        for.
+        """
+        what = {"child": self.name, "pid": self.pid, "at_most_s": round(seconds, 1)}
+        with trio.move_on_after(seconds):
+            async with named(log, "waiting for the end of a process", lambda: what):
+                await self.exited.wait()
+        return self.exited.is_set()
 
     async def kill(self) -> None:
         """Kill it; returns when it has exited. Shielded: nothing can refuse SIGKILL."""

@@ -235,12 +235,10 @@ class Children:
 
     async def outlast(self, kind: str, grace_seconds: float) -> None:
         """Wait for the exit of those whose name begins with `kind`, and kill what is left after that."""
-        late = [child for child in self._running if child.name.startswith(kind)]
-        with trio.move_on_after(grace_seconds):
-            for child in late:
-                await child.exited.wait()
-        for child in late:
-            await child.kill()
+        async with trio.open_nursery() as nursery:
+            for child in self._running:
+                if child.name.startswith(kind):
+                    nursery.start_soon(_outlast, child, grace_seconds)
 
     async def kill(self) -> None:
         """Kill all that still run; returns when they have exited."""
@@ -248,6 +246,11 @@ class Children:
             child.signal(signal.SIGKILL)
         for child in list(self._running):
             await child.exited.wait()
+
+
+async def _outlast(child: Running, grace_seconds: float) -> None:
+    if not await child.ends_within(grace_seconds):
+        await child.kill()
 
 
 def _close(fd: int) -> None:

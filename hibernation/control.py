@@ -56,6 +56,11 @@ class Control:
         self._free = trio.Event()
         self._free.set()
 
+    @property
+    def under_way(self) -> str | None:
+        """What holds the right to change something."""
+        return self._under_way
+
     @asynccontextmanager
     async def turn(self, name: str, *, wait: bool) -> AsyncIterator[None]:
         """Hold the right to change something. With `wait` until it is free, else OrderRefused says what holds

@@ -166,7 +166,6 @@ class Crons:
         self._ticks = Ticks({}, {}, 0, 0)
         self._open = False
         self._wanted = trio.Event()
-        self._ended = trio.Event()
         self._nursery: trio.Nursery
         #: Names of those that are about to run, or run.
         self._running: set[str] = set()
@@ -179,11 +178,6 @@ class Crons:
     def busy(self) -> bool:
         """Whether a hook runs."""
         return bool(self._running)
-
-    async def all_ended(self) -> None:
-        """Return when no hook runs any more."""
-        while self._running:
-            await self._ended.wait()
 
     def counts(self) -> dict[str, int]:
         """For `stats`."""
@@ -248,9 +242,6 @@ class Crons:
                     self._pool.look_on()
         finally:
             self._running.discard(row.name)
-            if not self._running:
-                ended, self._ended = self._ended, trio.Event()
-                ended.set()
 
     async def _call_hook(self, party: Party, row: CronRow) -> None:
         self.runs += 1

@@ -58,6 +58,7 @@ from hibernation.pool import Pool
 from hibernation.settings import Settings
 from hibernation.staging import Edit, Turn, running_turn
 from hibernation.turns import Turns
+from hibernation.waiting import named
 from hibernation.watchdog import Watchdog
 from storage.errors import BrokerError
 from storage.room_database import RoomDatabase
@@ -86,10 +87,9 @@ _RESULTS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED, wire.EFFECT
 _OF_CONNECTIONS: Final = frozenset({wire.TURN, wire.CONNECTED, wire.CLOSED})
 #: Pause between attempts to reach a gateway that is not there.
 RECONNECT_SECONDS: Final = 0.02
-#: While background work is awaited it is looked so often whether there is a gateway for it; when there is
-#: none for so many looks the whole instance stops.
-RETIRE_LOOK_SECONDS: Final = 0.25
-ALONE_LOOKS_MAX: Final = 8
+#: When a host that is told to end has had no gateway for so long the whole instance stops: what needs one
+#: will not come about any more.
+ALONE_SECONDS: Final = 2.0
 #: Between two signs of life for the supervisor.
 BEAT_SECONDS: Final = 1.0
 #: What turns under way have at least when background work has taken all of `drain`.
@@ -409,7 +409,8 @@ class Host:
         """
         self._commits.end_round()
         while self._commits.writing:
-            await trio.lowlevel.wait_readable(self._writer.fd)
+            with trio.move_on_after(RECONNECT_SECONDS):  # `_take_commits` may have been there first
+                await trio.lowlevel.wait_readable(self._writer.fd)
             self._commits.completed()
             self._commits.end_round()
 
@@ -417,37 +418,74 @@ class Host:
         """Let background work and crons end within `drain`, while rooms go on. Then start no more turns, let
         those under way end in what is left of it, and let their effects leave. What has not ended by then is
         cancelled with the process; turns are delivered again to the next one (S32).
+
+        When the whole instance stops the gateway has gone before: then crons alone are waited for, which need
+        none.
         """
         drain = self.config.settings.drain
         began = trio.current_time()
-        with trio.move_on_after(drain):
-            alone = 0
-            while (self._background.busy or self._crons.busy) and alone < ALONE_LOOKS_MAX:
-                with trio.move_on_after(RETIRE_LOOK_SECONDS):
-                    await self._background.all_ended()
-                    await self._crons.all_ended()
-                alone = alone + 1 if self._socket is None else 0
-        await self._end_background()
-        self._out_put([wire.RETIRE])
-        self._pool.retire()
-        self._flush()
-        left = began + drain - trio.current_time()
-        with trio.move_on_after(max(left, min(drain, LAST_TURNS_SECONDS))):
-            while (  # noqa: ASYNC110
-                self._pool.busy
-                or self._exchanges.busy
-                or self._background.busy
-                or self._crons.busy
-                or not self._commits.idle
-            ):
+        async with named(log, "stopping: this host waits", self._waits_for):
+            await self._until(lambda: not (self._background.busy or self._crons.busy), drain)
+            await self._end_background()
+            self._out_put([wire.RETIRE])
+            self._pool.retire()
+            self._flush()
+            left = began + drain - trio.current_time()
+            await self._until(self._is_at_rest, max(left, min(drain, LAST_TURNS_SECONDS)))
+            await self._end_background()
+            await self._until(
+                lambda: self._commits.idle and not self._has_words_left(), LAST_WORDS_SECONDS, flush=True
+            )
+            while self._commits.writing:
+                self._take_commits()
                 await trio.sleep(RECONNECT_SECONDS)
-        await self._end_background()
-        with trio.move_on_after(LAST_WORDS_SECONDS):
-            while not self._commits.idle or self._has_words_left():  # noqa: ASYNC110
-                self._flush()
+            await self._exchanges.end()
+
+    async def _until(self, done: Callable[[], bool], seconds: float, *, flush: bool = False) -> None:
+        """Wait for that, but no longer than `seconds`; and no longer than ALONE_SECONDS without a gateway,
+        unless a cron runs.
+        """
+        alone_since: float | None = None
+        with trio.move_on_after(seconds):
+            while not done():
+                if flush:
+                    self._flush()
+                self._take_commits()
+                now = trio.current_time()
+                if self._socket is not None:
+                    alone_since = None
+                elif alone_since is None:
+                    alone_since = now
+                elif now - alone_since >= ALONE_SECONDS and not self._crons.busy:
+                    return
                 await trio.sleep(RECONNECT_SECONDS)
-        await self._finish_commits()
-        await self._exchanges.end()
+
+    def _is_at_rest(self) -> bool:
+        """Whether nothing runs, and all of what has ended is on disk."""
+        return self._commits.idle and not (
+            self._pool.busy or self._exchanges.busy or self._background.busy or self._crons.busy
+        )
+
+    def _take_commits(self) -> None:
+        """Take what the writer has done. Workers do that as long as there is a gateway, and without one
+        nobody: a commit that begins then, such as that of `_tidy`, would never be seen to end.
+        """
+        if self._commits.writing:
+            self._commits.completed()
+            self._flush()
+
+    def _waits_for(self) -> dict[str, object]:
+        """What is not over yet, for the log."""
+        return {
+            "rooms": self._pool.rooms_at_work(),
+            "requests": self._exchanges.busy,
+            "background": self._background.busy,
+            "crons": self._crons.busy,
+            "commits": not self._commits.idle,
+            "paused": self._commits.paused,
+            "unacknowledged": self._has_words_left(),
+            "gateway": "there" if self._socket is not None else "gone",
+        }
 
     async def _end_background(self) -> None:
         """Cancel the background work that there is, and let it clean up."""

@@ -59,6 +59,9 @@ class Timing:
     """For a gateway to close its sockets and see their close turns through, before it is killed."""
     finish_seconds: float = 40.0
     """For a host to finish its background work and running turns, before it is killed."""
+    alone_seconds: float = 15.0
+    """At a stop: for hosts to end, and for a gateway to close its sockets, where what came before has taken
+    all of `drain_seconds`."""
     keeper_seconds: float = 5.0
     """For a keeper to answer, and to exit when it is told to."""
     patience_seconds: float = 30.0

@@ -56,6 +56,8 @@ DESERTED_SECONDS: Final = 0.5
 LOOK_SECONDS: Final = 0.25
 #: Characters of the reason why a room is in quarantine.
 REASON_MAX: Final = 500
+#: Rooms that a line of the log names.
+ROOMS_NAMED_MAX: Final = 10
 #: How often the memory of the process is looked at.
 MEMORY_SECONDS: Final = 1.0
 
@@ -266,6 +268,11 @@ class Pool:
     def busy(self) -> bool:
         """Whether a turn is under way."""
         return any(worker.cell is not None and not worker.cell.abandoned for worker in self._workers)
+
+    def rooms_at_work(self) -> list[str]:
+        """Rooms whose turns are under way, some of them if they are many."""
+        keys = {worker.cell.key for worker in self._workers if worker.cell is not None}
+        return sorted(keys)[:ROOMS_NAMED_MAX]
 
     def retire(self) -> None:
         """Start no more turns; the events that have not begun are somebody else's."""

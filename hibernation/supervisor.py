@@ -10,11 +10,15 @@ New hosts are loaded, and take the old ones' places; then a new gateway takes th
 hosts have loaded nothing is changed, and if they do not, the others serve on.
 
 At the stop the gateway goes first, since the close turns of its sockets need the hosts; then the hosts; then
-the keeper, with which the last duplicates of sockets close. Peers: `broker.gateway.__main__`, `broker.host`,
+the keeper, with which the last duplicates of sockets close. What is under way when the stop is asked for, the
+gateway and the hosts have `Timing.drain_seconds` together; who comes too late for that has `alone_seconds`,
+and is killed then. So a stop is bounded, whatever clients and rooms do; and whoever is waited for longer than
+a second is named in the log. Peers: `broker.gateway.__main__`, `broker.host`,
 `hibernation.keeper`; what is said between them is in `hibernation.configuration`. Orders come through
 `hibernation.control`.
 """
 
+import math
 import os
 import signal
 import socket
@@ -43,6 +47,7 @@ from hibernation.listener import (
 from hibernation.logs import get_logger, why
 from hibernation.plan import Commands, Plan, Timing
 from hibernation.processes import ProcessList
+from hibernation.waiting import named
 from storage.directory import socket_path
 
 __all__ = ["Plan", "Supervisor"]
@@ -92,11 +97,16 @@ class Supervisor:
         self._taking_over = False
         self._taken: socket.socket | None = None
         self._emptied = False
+        self._stopping = trio.Event()
+        self._served = trio.Event()
+        #: When all is to be over, by trio's clock; set by the request to stop.
+        self._ends_at = math.inf
+        orders = {"reload": self._reload, "upgrade": self._upgrade, "drain": self._empty}
+        self._control = Control(plan.data, orders)
         self._children: Children
         self._keepers: Keepers
         self._gateways: Gateways
         self._hosts: Hosts
-        self._control: Control
         socket_path(plan.data)  # fails now, not in a child
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -114,12 +124,14 @@ class Supervisor:
             async with trio.open_nursery() as nursery:
                 self._children = Children(nursery, self._note)
                 nursery.start_soon(self._obey, signals)
+                nursery.start_soon(self._name_what_is_under_way)
                 if self._timing.hang_seconds is not None:
                     nursery.start_soon(self._children.judge, self._timing.hang_seconds)
                 task_status.started()
                 try:
                     with self._serving:
                         await self._serve(nursery)
+                    self._served.set()
                     if self._failure is not None and self._taking_over:
                         left = self._children.release()
                     with self._draining:
@@ -149,11 +161,22 @@ class Supervisor:
             self._draining.cancel()
             for scope in self._shielded:
                 scope.cancel()
+        self._begin_to_stop()
+
+    def _begin_to_stop(self) -> None:
+        if not self._serving.cancel_called:
+            self._ends_at = trio.current_time() + self._timing.drain_seconds
+            for scope in self._shielded:
+                scope.deadline = min(scope.deadline, self._ends_at)
         self._serving.cancel()
+        self._stopping.set()
 
     def _hurry(self, scope: trio.CancelScope) -> None:
-        """The scope shields what has to be put in order before the stop: the second request cancels it."""
+        """The scope shields what has to be put in order before the stop, which it holds up no longer than
+        `_ends_at`; the second request cancels it.
+        """
         self._shielded.add(scope)
+        scope.deadline = min(scope.deadline, self._ends_at)
         if self._draining.cancel_called:
             scope.cancel()
 
@@ -186,8 +209,6 @@ class Supervisor:
             hurry=self._hurry,
             changed=self._gateway_changed,
         )
-        orders = {"reload": self._reload, "upgrade": self._upgrade, "drain": self._empty}
-        self._control = Control(plan.data, orders)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keepers.keep, listener)
             await nursery.start(self._control.serve)
@@ -256,7 +277,7 @@ class Supervisor:
         """Give up the start: what was started is stopped, then `run` raises."""
         if self._failure is None:
             self._failure = StartError(text, usage=usage)
-        self._serving.cancel()
+        self._begin_to_stop()
 
     async def _give_up(self, failure: LoadError) -> None:
         """`_fail`, and wait for the cancellation that follows: nothing is announced meanwhile."""
@@ -275,10 +296,24 @@ class Supervisor:
             await children.outlast(idle, 0)
         async with trio.open_nursery() as nursery:
             # The gateway first: the close turns of its sockets still need the hosts.
-            nursery.start_soon(children.stop, "gateway", timing.drain_seconds)
-            nursery.start_soon(children.outlast, "leaving", timing.drain_seconds)
-        await children.stop("host", timing.finish_seconds)
+            nursery.start_soon(children.stop, "gateway", self._left_of(timing.drain_seconds))
+            nursery.start_soon(children.outlast, "leaving", self._left_of(timing.drain_seconds))
+        await children.stop("host", self._left_of(timing.finish_seconds))
         await children.stop("keeper", timing.keeper_seconds)
+
+    def _left_of(self, seconds: float) -> float:
+        """What a child may take of that, now that others have taken their part of the time until the end."""
+        return min(seconds, max(self._ends_at - trio.current_time(), self._timing.alone_seconds))
+
+    async def _name_what_is_under_way(self) -> None:
+        """Where the stop has to wait for something that is put in order first, say so."""
+        await self._stopping.wait()
+        async with named(
+            log,
+            "stopping: what is under way is put in order first",
+            lambda: {"order": self._control.under_way},
+        ):
+            await self._served.wait()
 
     # Takeover
 

@@ -28,7 +28,7 @@ from broker.gateway.admin import Admin
 from broker.gateway.answers import RoomRules
 from broker.gateway.bodies import SpilledBody
 from broker.gateway.calls import Calls
-from broker.gateway.connections import NONE, Connections
+from broker.gateway.connections import CLOSED, NONE, Connections
 from broker.gateway.doors import RETRY_AFTER, Doors
 from broker.gateway.duplicates import Duplicates
 from broker.gateway.effects import Effects
@@ -63,6 +63,7 @@ from hibernation.keeper_messages import SLOTS_MAX
 from hibernation.keeping import KeeperClient, KeeperGone, Kept
 from hibernation.logs import get_logger
 from hibernation.memory import Trimmer
+from hibernation.waiting import named
 from storage.clock import monotonic
 from storage.directory import read_token
 from storage.errors import BrokerError, CommitRefused, DataDirectoryInUse
@@ -73,6 +74,9 @@ from storage.writer import Writer
 #: in time.
 DRAIN_GROUP = 500
 DRAIN_PAUSE_SECONDS = 0.05
+#: When rooms have had no host for so long while draining, none comes any more: their close turns are the next
+#: start's.
+HOSTLESS_SECONDS = 2.0
 #: How long a gateway looks for its keeper before it gives up, and how long the keeper has to hand out what it
 #: holds.
 KEEPER_SECONDS = 10.0
@@ -328,10 +332,11 @@ class Gateway:
                 nursery.start_soon(self.hub.run)
                 await nursery.start(self.http.run)
                 await self._told_to_end()
-                if self._frozen:
-                    await self.http.drain(self.config.settings.drain)
-                else:
-                    await self._drain()
+                async with named(log, "stopping: the gateway waits", self._waits_for):
+                    if self._frozen:
+                        await self.http.drain(self.config.settings.drain)
+                    else:
+                        await self._drain()
                 nursery.cancel_scope.cancel()
         finally:
             self._writer.close()
@@ -496,9 +501,29 @@ class Gateway:
         with trio.move_on_after(self.config.settings.drain):
             await self._close_all(0.0)
             await self.http.drain(self.config.settings.drain)
-            while self.lifecycle.closing_count > self._waiting_in_quarantine() or self._storing is not None:
+            hostless_since: float | None = None
+            hostless = False
+            while self.lifecycle.closing_count > self._beyond_help(hostless) or self._storing is not None:
                 self._end_of_tick()
                 await trio.sleep(0.01)
+                now = monotonic()
+                if self.links.ready:
+                    hostless_since = None
+                elif hostless_since is None:
+                    hostless_since = now
+                hostless = hostless_since is not None and now - hostless_since >= HOSTLESS_SECONDS
+
+    def _waits_for(self) -> dict[str, object]:
+        """What is not over yet at the end, for the log."""
+        close_turns = self.connections.phase.count(CLOSED)
+        return {
+            "connections": 0 if self._frozen else self.lifecycle.closing_count - close_turns,
+            "close_turns": 0 if self._frozen else close_turns,
+            "http_connections": self.http.open_count(),
+            "requests": self.forward.in_progress,
+            "registry": self._storing is not None,
+            "without_host": not self._frozen and not self.links.ready,
+        }
 
     async def _close_all(self, seconds: float) -> int:
         """Close every connection, evenly over `seconds`, and never more than DRAIN_GROUP at once."""
@@ -626,11 +651,17 @@ class Gateway:
         """
         return await self._close_all(seconds)
 
-    def _waiting_in_quarantine(self) -> int:
-        """Connections of rooms that do not start: their close turns come when they do, after this end."""
-        if not self.quarantine:
+    def _beyond_help(self, hostless: bool) -> int:
+        """Connections of rooms that do not start, or, if `hostless`, have no host: their close turns come
+        when they do, after this end.
+        """
+        if not self.quarantine and not hostless:
             return 0
-        return sum(room is not None and room.key in self.quarantine for room in self.connections.room)
+        by_shard = self.links.by_shard
+        return sum(
+            room is not None and (room.key in self.quarantine or (hostless and by_shard[room.shard] is None))
+            for room in self.connections.room
+        )
 
     # --- What the HTTP side asks ------------------------------------------------------------------
 

@@ -269,4 +269,6 @@ class HttpFront:
                         importlib.import_module, "broker.gateway.http_server"
                     )
                     self._server = module.HttpServer(self._port, self._proxies, self._limits)
+                    if self._draining:  # it has begun while the first request waited for this
+                        await self._server.stop_keeping_alive()
         return self._server

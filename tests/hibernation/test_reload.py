@@ -202,9 +202,32 @@ def test_a_stop_in_a_reload_waits_for_the_place_that_changes_hands(stage, gatewa
 
     running(supervisor, script)
     lines = [line for line in stage.journal if line.split()[1] in ("go", "term")]
-    assert lines[:2] == ["host go", "host term"] and lines[4:] == ["host term", "keeper term"]
-    # What one is told before the other they may write down in another order.
+    assert lines[:2] == ["host go", "host term"]
+    # Two processes write down what they were told one right after the other.
     assert sorted(lines[2:4]) == ["gateway term", "host go"]
+    assert lines[4:] == ["host term", "keeper term"]
+
+
+def test_a_reload_holds_up_a_stop_no_longer_than_that_may_take(stage, gateway):
+    """FAULTS 71: also where the old host has an hour."""
+    stage.does("host", "stubborn")
+    timing = replace(QUICK, drain_seconds=1, finish_seconds=600, alone_seconds=0.1)
+    supervisor = stage.supervisor(connect=gateway, timing=timing)
+
+    async def script():
+        await until(stage.is_up)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(interrupted)
+            await until(lambda: stage.pids("host term"))
+            supervisor.request_stop()
+        await until(lambda: stage.pids("keeper term"))
+
+    async def interrupted():
+        with refused("the old host 0 did not end"):
+            await order(stage.folder, "reload")
+
+    running(supervisor, script)
+    stage.assert_all_ended()
 
 
 def test_an_order_waits_for_a_reload_after_a_save_no_longer_than_to_be_told(stage, gateway):

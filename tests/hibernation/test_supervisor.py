@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Collection
@@ -208,6 +209,31 @@ def test_a_host_that_ignores_the_request_to_stop_is_killed_in_time(stage):
 
     running(stage.supervisor(timing=replace(QUICK, drain_seconds=600, finish_seconds=2)), script)
     assert "host term" in stage.journal
+
+
+def test_gateway_and_hosts_share_the_time_that_a_stop_may_take(stage):
+    """FAULTS 71: those who come last have a little of their own, whatever the others have taken."""
+    stage.does("gateway", "stubborn")
+    stage.does("host", "stubborn")
+    timing = Timing(drain_seconds=0.5, finish_seconds=600, alone_seconds=0.1)
+
+    async def script():
+        await until(stage.is_up)
+
+    running(stage.supervisor(timing=timing), script)
+    asked = [line for line in stage.journal if line.endswith("term")]
+    assert asked == ["gateway term", "host term", "keeper term"]
+
+
+def test_the_log_names_whom_a_stop_waits_for(stage, capsys):
+    stage.does("host", "stubborn")
+
+    async def script():
+        await until(stage.is_up)
+
+    running(stage.supervisor(timing=Timing(finish_seconds=1.5)), script)
+    said = capsys.readouterr()
+    assert re.search(r"waiting for the end of a process.*host 0", said.out + said.err)
 
 
 def test_the_second_request_to_stop_kills_at_once(stage):

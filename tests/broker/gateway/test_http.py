@@ -4,6 +4,7 @@ import array
 import contextlib
 import fcntl
 import functools
+import importlib
 import json
 import select
 import socket
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -1384,6 +1386,32 @@ async def test_drain_finishes_what_is_owed_and_closes_what_is_idle() -> None:
             go.set()
             assert (await busy.rest()).endswith(b"hello x")
             await busy.stream.aclose()
+        assert gateway.front.statistics().connections == 0
+
+
+@in_trio
+async def test_drain_ends_a_connection_whose_request_is_the_first_of_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What answers it is still being loaded when the drain begins."""
+    begun, go = threading.Event(), threading.Event()
+    usual = importlib.import_module
+
+    def slowly(name: str) -> object:
+        begun.set()
+        assert go.wait(20)
+        return usual(name)
+
+    monkeypatch.setattr("broker.gateway.http.importlib.import_module", slowly)
+    async with serving() as gateway, connected(gateway) as client:
+        await client.send(get())
+        await eventually(begun.is_set)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gateway.front.drain, 600)
+            await trio.testing.wait_all_tasks_blocked()
+            go.set()
+            assert (await client.rest()).endswith(b"hello x")
+            await client.stream.aclose()
         assert gateway.front.statistics().connections == 0
 
 
