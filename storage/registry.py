@@ -35,6 +35,9 @@ READ_CACHE_KIB = 128
 PAGE_ROWS_MAX = 4096
 """Largest `limit` of a query."""
 
+SURVIVING_PAGE_ROWS = 1024
+"""Rows that a gateway which takes over reads at once."""
+
 FILTER_TAGS_MAX = 64
 """Tags in one filter: as many as a connection can have by default (S11)."""
 
@@ -350,12 +353,12 @@ class Registry:
         while True:
             rows = self._file.read(
                 f"SELECT {_COLUMNS} FROM connections AS c WHERE c.number > ? AND c.number < ?"
-                " ORDER BY c.number LIMIT 256",
+                f" ORDER BY c.number LIMIT {SURVIVING_PAGE_ROWS}",
                 (after, self._first),
             )
             for row in rows:
                 yield _row(row)
-            if len(rows) < 256:
+            if len(rows) < SURVIVING_PAGE_ROWS:
                 return
             after = rows[-1][0]
 
@@ -525,7 +528,7 @@ def _row(row: tuple[Any, ...]) -> Row:
         name,
         uri,
         accepted_at,
-        tuple([tag.decode() for tag in tags.split(b"\xff")[1:-1]]),
+        tuple([tag.decode() for tag in tags.split(b"\xff")[1:-1]]) if tags else (),
         state,
         None if code is None else Closing(code, reason, bool(clean), cause),
         address,

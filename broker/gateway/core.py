@@ -16,6 +16,7 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -121,8 +122,9 @@ def _listener(descriptor: int) -> socket.socket:
 
 
 def _kept_socket(family: int, descriptor: int) -> socket.socket:
-    # With its kind given Python need not ask the kernel for it.
-    return socket.socket(family, socket.SOCK_STREAM, 0, descriptor)
+    # With its kind given Python need not ask the kernel for it, nor tell it that nothing may block: the
+    # former gateway has, and its duplicates share that.
+    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +153,11 @@ class Gateway:
         self.dev = config.dev
         self.token = read_token(config.data)
         self.registry = Registry(config.data, durability=settings.durability)
-        rows = list(self.registry.surviving())
-        keeper, kept = surroundings.take_from_keeper(config.data)
+        # Only now, with the registry's lock, has the former gateway said its last word to the keeper.
+        with ThreadPoolExecutor(1) as beside:
+            taking = beside.submit(surroundings.take_from_keeper, config.data)
+            rows = list(self.registry.surviving())
+        keeper, kept = taking.result()
         if set(NAMES) <= set(kept.named):
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
@@ -268,7 +273,6 @@ class Gateway:
         family = self.listener.family
         for slot, descriptor in zip(kept.slots, kept.fds, strict=True):
             sock = surroundings.kept_socket(family, descriptor)
-            sock.setblocking(False)
             if slot >= self.ledger.capacity:
                 self._loose.append(sock)
                 self.duplicates.ended(slot)

@@ -45,6 +45,7 @@ from broker.gateway.connections import (
     OPEN,
     PHASE,
     PINGED,
+    READER,
     STORING,
     Connections,
 )
@@ -742,7 +743,10 @@ class Lifecycle:
                 room.inflight_bytes = 0
                 room.shares = None
                 room.waiting = None
+        parsed, consumed, flags = table.parsed, table.consumed, table.flags
         for slot in range(len(table)):
+            if parsed[slot] == consumed[slot] and not flags[slot] & READER:
+                continue  # nothing of it was dispatched, as of nearly all
             room_of_slot = table.room[slot]
             if room_of_slot is None or room_of_slot.shard not in shards:
                 continue
@@ -756,9 +760,12 @@ class Lifecycle:
 
     def host_came(self, host: HostLink) -> None:
         """Deliver what waits for the rooms of this host."""
-        table = self._connections
+        table, endings = self._connections, self._endings
+        phases, flags = table.phase, table.flags
         shards = set(host.shards)
         for slot in range(len(table)):
+            if phases[slot] == OPEN and not flags[slot] & DEFERRED and slot not in endings:
+                continue  # nothing of it waits, as of nearly all
             room = table.room[slot]
             if room is None or room.shard not in shards:
                 continue
