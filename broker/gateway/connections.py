@@ -22,7 +22,6 @@ from socket import socket
 from typing import TYPE_CHECKING, Final
 
 from broker.gateway.ledger import ANSWERS, HIGH, NUMBER, Ledger
-from hibernation.wire import read_card
 
 if TYPE_CHECKING:
     from broker.gateway.rooms import RoomRecord
@@ -265,9 +264,15 @@ class Connections:
 
     def index(self, slot: int, connection_id: str) -> None:
         """Make the connection findable by room and id."""
-        if 3 * self._index_used >= 2 * len(self._index):
+        table = self._index
+        if 3 * self._index_used >= 2 * len(table):
             self._grow()
-        self._insert(slot, hash((id(self.room[slot]), connection_id)))
+            table = self._index
+        mask = self._index_mask
+        position = hash((id(self.room[slot]), connection_id)) & mask
+        while table[position] != NONE:
+            position = (position + 1) & mask
+        table[position] = slot
         self._index_used += 1
 
     def find(self, room: "RoomRecord", connection_id: str) -> int | None:
@@ -307,18 +312,13 @@ class Connections:
         connection_id, _, _ = self.card[slot].partition(b"\xfe")
         return hash((id(self.room[slot]), connection_id.decode())) & self._index_mask
 
-    def _insert(self, slot: int, hashed: int) -> None:
-        table, mask = self._index, self._index_mask
-        position = hashed & mask
-        while table[position] != NONE:
-            position = (position + 1) & mask
-        table[position] = slot
-
     def _grow(self) -> None:
         old = self._index
-        self._index = array("I", [NONE]) * (2 * len(old))
-        self._index_mask = len(self._index) - 1
+        self._index = table = array("I", [NONE]) * (2 * len(old))
+        self._index_mask = mask = len(table) - 1
         for slot in old:
             if slot != NONE:
-                connection_id = read_card(self.card[slot])[0]
-                self._insert(slot, hash((id(self.room[slot]), connection_id)))
+                position = self._home(slot)
+                while table[position] != NONE:
+                    position = (position + 1) & mask
+                table[position] = slot

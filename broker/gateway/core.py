@@ -16,7 +16,6 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
@@ -153,11 +152,8 @@ class Gateway:
         self.dev = config.dev
         self.token = read_token(config.data)
         self.registry = Registry(config.data, durability=settings.durability)
-        # Only now, with the registry's lock, has the former gateway said its last word to the keeper.
-        with ThreadPoolExecutor(1) as beside:
-            taking = beside.submit(surroundings.take_from_keeper, config.data)
-            rows = list(self.registry.surviving())
-        keeper, kept = taking.result()
+        rows = list(self.registry.surviving())
+        keeper, kept = surroundings.take_from_keeper(config.data)
         if set(NAMES) <= set(kept.named):
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
@@ -282,11 +278,12 @@ class Gateway:
 
     def _room_of(self, row: Row) -> RoomRecord:
         """The record of a row's room, made if need be."""
-        party = self.parties.get(row.party) or PartyView.unknown(row.party, self.config.settings)
         key = f"{row.party}/{row.room}"
-        return self.rooms.by_key.get(key) or self.rooms.record(
-            key, party, wire.partition_of(key) % self.links.shard_count
-        )
+        room = self.rooms.by_key.get(key)
+        if room is None:
+            party = self.parties.get(row.party) or PartyView.unknown(row.party, self.config.settings)
+            room = self.rooms.record(key, party, wire.partition_of(key) % self.links.shard_count)
+        return room
 
     def _rules_of(self, key: str) -> bytes | None:
         """What the registry holds of a room's automatic responses; it is another one after `resume`."""

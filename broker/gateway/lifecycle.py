@@ -25,7 +25,7 @@ import fcntl
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -906,7 +906,10 @@ class Lifecycle:
         table.address[slot] = self.addresses.enter(row.address)
         table.flags[slot] = (DEFERRED if here.unread else 0) | (GONE if here.ended else 0)
         if phase == OPEN and introduced and number not in remains.numbers:  # as nearly all are
-            self._go_on(slot, sock)
+            table.phase[slot] = OPEN
+            self._rooms.link(slot)
+            self._inbox.adopt_spill(slot)
+            self._hub.park(sock.fileno())
             return
         self._stage_again(row, remains)
         newcomer = None if introduced else remains.newcomers.get(number)
@@ -947,27 +950,32 @@ class Lifecycle:
         if phase != OPEN:
             self._hub.after(0, self._failed, slot, number)
 
-    def adopt_resting(self, slot: int, sock: socket.socket, row: Row, room: RoomRecord) -> None:
-        """Take over an open connection of a gateway that rests (G7), and of which the log says nothing. What
-        is unread, and whether the peer has ended, is reported when the socket is parked.
-        """
-        table, ledger = self._connections, self._ledger
-        card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
-        table.take_over(slot, sock, room, card, self._hub.second)
-        table.written[slot] = ledger.before[slot]
-        table.parsed[slot] = table.last_end[slot] = ledger.consumed[slot]
-        if row.state is not None:
-            self._inbox.states[slot] = row.state
-        table.index(slot, row.id)
-        table.address[slot] = self.addresses.enter(row.address)
-        self._go_on(slot, sock)
+    def adopt_resting(
+        self, resting: Iterable[tuple[int, socket.socket, Row]], room_of: Callable[[Row], RoomRecord]
+    ) -> None:
+        """Take over open connections of a gateway that rests (G7), and of which the log says nothing. What is
+        unread, and whether the peer has ended, is reported when a socket is parked.
 
-    def _go_on(self, slot: int, sock: socket.socket) -> None:
-        """Read an adopted connection on."""
-        self._connections.phase[slot] = OPEN
-        self._rooms.link(slot)
-        self._inbox.adopt_spill(slot)
-        self._hub.park(sock.fileno())
+        All clients wait for the last of them meanwhile, so everything is looked up once.
+        """
+        table, ledger, inbox = self._connections, self._ledger, self._inbox
+        take_over, index, link = table.take_over, table.index, self._rooms.link
+        enter, park, second = self.addresses.enter, self._hub.park, self._hub.second
+        written, parsed, last_end, phases = table.written, table.parsed, table.last_end, table.phase
+        before, consumed, addresses, states = ledger.before, ledger.consumed, table.address, inbox.states
+        for slot, sock, row in resting:
+            card = wire.make_card(row.id, row.uri, wire.tags_blob(row.tags))
+            take_over(slot, sock, room_of(row), card, second)
+            written[slot] = before[slot]
+            parsed[slot] = last_end[slot] = consumed[slot]
+            if row.state is not None:
+                states[slot] = row.state
+            index(slot, row.id)
+            addresses[slot] = enter(row.address)
+            phases[slot] = OPEN
+            link(slot)
+            inbox.adopt_spill(slot)
+            park(sock.fileno())
 
     def _take_position(self, slot: int, here: Position) -> None:
         """Where the turns of the connection's messages have come to, as the kernel tells."""

@@ -16,7 +16,7 @@ before anything else does.
 """
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from broker.gateway.connections import CLOSED, INTRODUCED, OPEN, PHASE, WINDOW, Connections
 from broker.gateway.effects import Effects
@@ -75,10 +75,7 @@ class Succession:
         for number in self._remains.forgotten:
             if by_number.pop(number, None) is not None:
                 self._lifecycle.batch.forget(number)
-        for slot in range(ledger.header[HIGH]):
-            number = ledger.number[slot]
-            if number:
-                self._slot(slot, by_number.pop(number, None), sockets, effect)
+        self._lifecycle.adopt_resting(self._go_through(by_number, sockets, effect), self._room_of)
         if self._cut_off:
             log.error("the sockets of connections were in no other process", connections=self._cut_off)
         for slot in list(sockets):
@@ -92,20 +89,33 @@ class Succession:
         self._lifecycle.let_in()
         return list(by_number.values())
 
+    def _go_through(
+        self, by_number: dict[int, Row], sockets: dict[int, socket.socket], effect: int
+    ) -> Iterator[tuple[int, socket.socket, Row]]:
+        """Go on with every slot, in their order; give those of which nothing is to be found out (G7). What
+        has a slot is taken out of both dictionaries.
+        """
+        numbers, phases, logged = self._ledger.number, self._ledger.phase, self._remains.numbers
+        for slot in range(self._ledger.header[HIGH]):
+            number = numbers[slot]
+            if not number:
+                continue
+            row = by_number.pop(number, None)
+            if (
+                self._rested
+                and row is not None
+                and slot in sockets
+                and phases[slot] & ~WINDOW == OPEN | INTRODUCED
+                and number not in logged
+            ):
+                yield slot, sockets.pop(slot), row
+            else:
+                self._slot(slot, row, sockets, effect)
+
     def _slot(self, slot: int, row: Row | None, sockets: dict[int, socket.socket], effect: int) -> None:
         """Go on with one slot; `effect` is the one in doubt, or 0."""
         ledger = self._ledger
         sock = sockets.get(slot)
-        if (
-            self._rested
-            and sock is not None
-            and row is not None
-            and ledger.phase[slot] & ~WINDOW == OPEN | INTRODUCED
-            and row.number not in self._remains.numbers
-        ):
-            del sockets[slot]
-            self._lifecycle.adopt_resting(slot, sock, row, self._room_of(row))
-            return
         if sock is not None and cookie(sock) != ledger.cookie[slot]:
             # The connection that had the slot before: the one that has it now did not get as far as the
             # keeper.
