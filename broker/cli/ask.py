@@ -27,7 +27,7 @@ PIPED_WIDTH_COLUMNS = 240
 ROWS_SHOWN = 1000
 """A table of more rows is cut, and says so; --json gives all, and --limit another number."""
 
-_PROCESSES = ("supervisor", "gateways", "keepers", "hosts", "spares")
+_PROCESSES = ("supervisor", "gateways", "keepers", "hosts", "silent_hosts", "spares")
 
 limit_option = click.option(
     "--limit", type=click.IntRange(min=1), default=None, metavar="N", help="Show no more than N."

@@ -145,23 +145,29 @@ class Admin:
                 box.append(_GONE)
                 answered.set()
 
-    async def _ask_all(self, what: str, argument: Any) -> list[Any]:
+    async def _ask_all(self, what: str, argument: Any) -> tuple[list[Any], list[HostLink]]:
+        """What the hosts say, and which of them say nothing in time."""
         answers: list[Any] = []
+        silent: list[HostLink] = []
 
         async def ask(host: HostLink) -> None:
-            answers.append(await self._ask(host, what, argument))
+            answer = await self._ask(host, what, argument)
+            if answer is _SILENCE or answer is _GONE:
+                silent.append(host)
+            else:
+                answers.append(answer)
 
         async with trio.open_nursery() as nursery:
             for host in list(self._gateway.links.hosts):
                 nursery.start_soon(ask, host)
-        return [answer for answer in answers if answer is not _SILENCE and answer is not _GONE]
+        return answers, silent
 
     # --- Commands ---------------------------------------------------------------------------------
 
     async def _stats(self, _: dict[str, Any]) -> dict[str, Any]:
         gateway = self._gateway
         table, lifecycle, effects = gateway.connections, gateway.lifecycle, gateway.effects
-        hosts = await self._ask_all("stats", None)
+        hosts, silent = await self._ask_all("stats", None)
         hosts.sort(key=lambda host: host["index"])
         return {
             "address": list(gateway.config.address),
@@ -170,6 +176,7 @@ class Admin:
             "supervisor": os.getppid(),
             "gateways": [os.getpid()],
             "hosts": [host["pid"] for host in hosts],
+            "silent_hosts": sorted(host.description["pid"] for host in silent),
             "connections": table.phase.count(OPEN) + table.phase.count(CONNECTING),
             "half_open": gateway.doors.half_open,
             "rooms": len(gateway.rooms.by_key),
@@ -218,8 +225,11 @@ class Admin:
                 :limit
             ]
         known: dict[str, Any] = {}
-        for answer in await self._ask_all("rooms", keys):
+        answers, silent = await self._ask_all("rooms", keys)
+        for answer in answers:
             known.update(answer)
+        # Nobody says whether a room of a silent host is awake.
+        unknown = {shard for host in silent for shard in host.shards}
         rows = []
         for key in keys:
             record = gateway.rooms.by_key.get(key)
@@ -231,7 +241,9 @@ class Admin:
                     "room": room_id,
                     "connections": record.count if record is not None else 0,
                     "in_flight": record.inflight_events if record is not None else 0,
-                    "awake": facts.get("awake", False),
+                    "awake": None
+                    if wire.partition_of(key) % gateway.links.shard_count in unknown
+                    else facts.get("awake", False),
                     "wakes": facts.get("wakes", 0),
                     "woke_seconds_ago": facts.get("woke_seconds_ago"),
                 }

@@ -16,6 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from hibernation.admin import AdminClient
 from hibernation.processes import started_at_ticks
 from tests.e2e.broker_process import BrokerProcess, eventually
 from tests.e2e.conftest import BrokerFactory
@@ -171,6 +172,24 @@ def good(module_broker: BrokerFactory) -> BrokerProcess:
 @pytest.fixture(scope="module")
 def strict(module_broker: BrokerFactory) -> BrokerProcess:
     return module_broker(APP, hang_timeout=2)
+
+
+def test_a_host_that_does_not_answer_is_named(good: BrokerProcess) -> None:
+    """What it alone knows is left open, in numbers and in listings."""
+    clients = [good.connect(f"/party/{room}") for room in range(4)]  # on both hosts
+    silent, other = good.host_pids()
+    os.kill(silent, signal.SIGSTOP)
+    try:
+        with AdminClient(good.data) as admin:
+            stats = admin.ask("stats")
+            rooms = admin.ask("rooms")["rooms"]
+    finally:
+        os.kill(silent, signal.SIGCONT)
+    assert stats["silent_hosts"] == [silent] and stats["hosts"] == [other]
+    assert {row["awake"] for row in rooms} == {None, False}
+    for client in clients:
+        client.close()
+    assert good.stats()["silent_hosts"] == []
 
 
 def test_a_host_that_is_stopped_is_killed_and_its_messages_go_to_the_next(strict: BrokerProcess) -> None:
