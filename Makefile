@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NODE := tests/e2e/node
-SOURCES := broker hibernation storage tests $(wildcard docs/examples)
+SOURCES := broker hibernation storage docs/examples
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
