@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import sleep
-from typing import Any
+from typing import Any, cast
 
 import trio
 from cbor2 import dumps
@@ -120,10 +120,13 @@ def _listener(descriptor: int) -> socket.socket:
     return socket.socket(fileno=descriptor)
 
 
-def _kept_socket(family: int, descriptor: int) -> socket.socket:
+def _kept_socket(family: int, descriptor: int, parked: bool) -> socket.socket:
     # With its kind given Python need not ask the kernel for it, nor tell it that nothing may block: the
     # former gateway has, and its duplicates share that.
-    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, descriptor)
+    kind = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+    if parked:
+        return cast("socket.socket", socket.SocketType(family, kind, 0, descriptor))  # as `lifecycle.plain`
+    return socket.socket(family, kind, 0, descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +137,8 @@ class Surroundings:
     """A session with the keeper, and all that it holds."""
     listener: Callable[[int], socket.socket] = _listener
     """The listening socket of this descriptor."""
-    kept_socket: Callable[[int, int], socket.socket] = _kept_socket
-    """The socket of this family and descriptor, which the keeper has held."""
+    kept_socket: Callable[[int, int, bool], socket.socket] = _kept_socket
+    """The socket of this family and descriptor, which the keeper has held; whether for a connection."""
     writer: Callable[[str], Writer] = Writer
     """Who commits to the registry."""
 
@@ -268,12 +271,13 @@ class Gateway:
         sockets = {}
         family = self.listener.family
         for slot, descriptor in zip(kept.slots, kept.fds, strict=True):
-            sock = surroundings.kept_socket(family, descriptor)
-            if slot >= self.ledger.capacity:
+            parked = slot < self.ledger.capacity
+            sock = surroundings.kept_socket(family, descriptor, parked)
+            if parked:
+                sockets[slot] = sock
+            else:
                 self._loose.append(sock)
                 self.duplicates.ended(slot)
-            else:
-                sockets[slot] = sock
         return sockets
 
     def _room_of(self, row: Row) -> RoomRecord:

@@ -27,7 +27,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, cast
 
 from cbor2 import dumps
 
@@ -311,6 +311,7 @@ class Lifecycle:
                 end_socket(sock)
                 continue
             table.written[slot] += sent
+            table.sockets[slot] = sock = plain(sock)
             self.accepted += 1
             room.arriving -= 1
             self._rooms.link(slot)
@@ -1071,6 +1072,16 @@ class Lifecycle:
         """Connections whose close turn has not been acknowledged, or that are on their way to it."""
         phases = self._connections.phase
         return sum(phases.count(phase) for phase in (CONNECTING, OPEN, ENDING, CLOSING, CLOSED))
+
+
+def plain(sock: socket.socket) -> socket.socket:
+    """The socket of a connection that is to be parked, as the type beneath the library's: it can all that is
+    asked of such a one, and takes 48 bytes instead of 104.
+    """
+    if type(sock) is not socket.socket:
+        return sock
+    family, kind = sock.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+    return cast("socket.socket", socket.SocketType(family, kind, 0, sock.detach()))
 
 
 def end_socket(sock: socket.socket) -> None:

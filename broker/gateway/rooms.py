@@ -43,7 +43,6 @@ class RoomRecord:
         "party",
         "shard",
         "shares",
-        "tags",
         "waiting",
     )
 
@@ -70,8 +69,6 @@ class RoomRecord:
         self.shares: dict[int, int] | None = None
         #: Slots that have data which had to wait for either; None mostly.
         self.waiting: deque[int] | None = None
-        #: Made by the first question about tags while there are more than SCANNED_MAX members.
-        self.tags: TagIndex | None = None
 
     @property
     def is_full(self) -> bool:
@@ -92,7 +89,7 @@ class RoomRecord:
 class Rooms:
     """All of them, by key."""
 
-    __slots__ = ("_connections", "_rules", "_scanned_max", "by_key")
+    __slots__ = ("_by_tag", "_connections", "_rules", "_scanned_max", "by_key")
 
     def __init__(
         self, connections: Connections, scanned_max: int = SCANNED_MAX, rules: "RoomRules | None" = None
@@ -101,6 +98,8 @@ class Rooms:
         self._rules = rules
         self._scanned_max = scanned_max
         self.by_key: dict[str, RoomRecord] = {}
+        #: Of rooms with more than `scanned_max` members, from the first question about tags on.
+        self._by_tag: dict[RoomRecord, TagIndex] = {}
 
     def record(self, key: str, party: "PartyView", shard: int) -> RoomRecord:
         """The record of a room, made if need be."""
@@ -134,8 +133,8 @@ class Rooms:
             table.next[last] = slot
         room.last = slot
         room.count += 1
-        if room.tags is not None:
-            room.tags.add(slot, table.card[slot])
+        if room in self._by_tag:
+            self._by_tag[room].add(slot, table.card[slot])
 
     def is_linked(self, slot: int) -> bool:
         """Whether the connection is among its room's members."""
@@ -161,11 +160,11 @@ class Rooms:
             table.previous[after] = before
         table.previous[slot] = table.next[slot] = NONE
         room.count -= 1
-        if room.tags is not None:
+        if room in self._by_tag:
             if room.count > self._scanned_max:
-                room.tags.remove(slot, table.card[slot])
+                self._by_tag[room].remove(slot, table.card[slot])
             else:
-                room.tags = None
+                del self._by_tag[room]
 
     def retag(self, slot: int, blob: bytes) -> None:
         """Give a connection other tags: a blob of `wire.tags_blob`."""
@@ -173,9 +172,9 @@ class Rooms:
         room = table.room[slot]
         assert room is not None
         card = retag_card(table.card[slot], blob)
-        if room.tags is not None and self.is_linked(slot):
-            room.tags.remove(slot, table.card[slot])
-            room.tags.add(slot, card)
+        if room in self._by_tag and self.is_linked(slot):
+            self._by_tag[room].remove(slot, table.card[slot])
+            self._by_tag[room].add(slot, card)
         table.card[slot] = card
 
     def forget_if_empty(self, room: RoomRecord) -> None:
@@ -200,9 +199,10 @@ class Rooms:
         table = self._connections
         cards = table.card
         if room.count > self._scanned_max and (all_of or any_of):
-            if room.tags is None:
-                room.tags = TagIndex((slot, cards[slot]) for slot in self.members(room))
-            found = sorted(room.tags.candidates(all_of, any_of), key=table.number.__getitem__)
+            index = self._by_tag.get(room)
+            if index is None:
+                index = self._by_tag[room] = TagIndex((slot, cards[slot]) for slot in self.members(room))
+            found = sorted(index.candidates(all_of, any_of), key=table.number.__getitem__)
         else:
             found = list(self.members(room))
         for tag in all_of:

@@ -191,7 +191,7 @@ class Machine:
         return Surroundings(
             take_from_keeper=lambda _data: (Session(self.keeper), self.keeper.take()),
             listener=lambda _descriptor: Listener.of(self.backlog, process),
-            kept_socket=lambda _family, descriptor: self.backlog.adopt(descriptor, process),
+            kept_socket=lambda _family, descriptor, _parked: self.backlog.adopt(descriptor, process),
             writer=InlineWriter,
         )
 
