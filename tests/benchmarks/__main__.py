@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks import accept, broadcast, echo, http, latency, parked
+from tests.benchmarks import accept, broadcast, echo, http, latency, parked, silence
 from tests.benchmarks.figures import Figure, print_table
 
 BENCHMARKS: dict[str, Callable[[bool], list[Figure]]] = {
-    module.NAME: module.run for module in (parked, echo, latency, broadcast, accept, http)
+    module.NAME: module.run for module in (parked, echo, latency, broadcast, accept, http, silence)
 }
 
 
