@@ -127,26 +127,28 @@ class Gateways:
         if self._loading is not None:  # a spare that is being loaded is ahead of any that is started now
             await self._loading.wait()
         spare, self._spare = self._spare, None
-        if spare is None or spare.exited.is_set():
-            waits = self.ready.is_set() or self._children.patient  # sockets do, at the keeper
-            within_seconds = math.inf if waits else 2 * self._timing.load_seconds
-            gateway = await self._children.start(
-                "gateway",
-                self._commands.gateway,
-                lambda status_fd: self._config(status_fd, handover=False),
-                "ready",
-                within_seconds=within_seconds,
-            )
-            gateway.expect_beats(0.0)
-            return gateway
-        self._children.rename(spare, "gateway")
-        spare.started_at = trio.current_time()
-        await spare.say(GO_LINE, last=True)
-        if not await spare.said("ready"):
-            await spare.kill()
-            raise LoadError(spare.error or spare.outcome, by_app=False)
-        spare.expect_beats(0.0)
-        return spare
+        if spare is not None and not spare.exited.is_set():
+            self._children.rename(spare, "gateway")
+            spare.started_at = trio.current_time()
+            await spare.say(GO_LINE, last=True)
+            if await spare.said("ready"):
+                spare.expect_beats(0.0)
+                return spare
+            if spare.error is not None or not spare.was_killed:
+                await spare.kill()
+                raise LoadError(spare.error or spare.outcome, by_app=False)
+            # Whoever killed the gateway has killed it too: nothing is wrong with it that could be waited for.
+        waits = self.ready.is_set() or self._children.patient  # sockets do, at the keeper
+        within_seconds = math.inf if waits else 2 * self._timing.load_seconds
+        gateway = await self._children.start(
+            "gateway",
+            self._commands.gateway,
+            lambda status_fd: self._config(status_fd, handover=False),
+            "ready",
+            within_seconds=within_seconds,
+        )
+        gateway.expect_beats(0.0)
+        return gateway
 
     def _config(self, status_fd: int, *, handover: bool) -> GatewayConfig:
         plan = self._plan
@@ -208,6 +210,8 @@ class Gateways:
                     self._spare = None
                     log.warning("spare gateway ended", pid=spare.pid, **why(spare.error or spare.outcome))
                     await trio.sleep(backoff.delay(trio.current_time() - spare.started_at))
+                    if self._gateway is None or self._gateway.exited.is_set():
+                        break  # the gateway comes first, and says when a spare is wanted
 
     def _end_loading(self) -> None:
         assert self._loading is not None

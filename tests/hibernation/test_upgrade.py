@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
+from structlog.testing import capture_logs
 
 from hibernation.gateway_line import LineError
 from hibernation.processes import started_at_ticks
@@ -424,6 +425,24 @@ def test_a_spare_that_dies_is_replaced_and_one_that_fails_at_its_turn_is_passed_
         await until(lambda: len(stage.pids("gateway start")) == 2)
 
     running(stage.supervisor(timing=SPARED), script)
+
+
+def test_a_gateway_that_dies_with_its_spare_is_started_at_once_and_before_the_next_spare(stage):
+    async def script():
+        await until(stage.is_up)
+        await until(lambda: supervisor._gateways._spare is not None)  # it has loaded, and waits
+        both = [*stage.listed("gateway"), *stage.listed("spare")]
+        for pid in both:
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: len(stage.pids("spare start")) == 2 and stage.listed("spare"))
+        assert not {*both} & {*stage.listed("gateway"), *stage.listed("spare")}
+
+    supervisor = stage.supervisor(timing=SPARED)
+    with capture_logs() as lines:
+        running(supervisor, script)
+    starts = [line for line in stage.journal if line in ("gateway start", "spare start")]
+    assert starts == ["gateway start", "spare start"] * 2
+    assert [line["in_s"] for line in lines if line["event"].startswith("gateway ended")] == [0.0]
 
 
 def test_an_upgrade_replaces_the_spare_whose_code_is_old(stage, gateway):
