@@ -106,6 +106,8 @@ if kind != "gateway":
     note("go")
 if "die-after-go" in behaviour:
     sys.exit(5)
+if "killed-after-go" in behaviour:
+    os.kill(os.getpid(), signal.SIGKILL)
 if "hang-after-go" in behaviour:
     signal.pause()
 if "error-after-go" in behaviour:
