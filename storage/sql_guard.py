@@ -97,9 +97,10 @@ _NOT_SAID: Final = re.compile(
     r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]""", re.DOTALL
 )
 _DEFERRED: Final = re.compile(r"\binitially\s+deferred\b", re.IGNORECASE)
-#: The same in a definition that is kept as it is, comments included; or what that does not say.
+#: The same in a definition that is kept as it is, comments included; or what that does not say. A comment ends
+#: where it first can: with what comes behind that it is not tried again.
 _DEFERRED_THERE: Final = re.compile(
-    rf"{_NOT_SAID.pattern}|\b(initially(?:\s|--[^\n]*\n|/\*.*?\*/)+)deferred\b", re.DOTALL | re.IGNORECASE
+    rf"{_NOT_SAID.pattern}|\b(initially(?:\s|--[^\n]*\n|(?>/\*.*?\*/))+)deferred\b", re.DOTALL | re.IGNORECASE
 )
 #: Foreign keys are looked at with each statement: what only a COMMIT would find could be told to nobody.
 _DEFERRING: Final = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_ALTER_TABLE})

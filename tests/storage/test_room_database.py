@@ -26,7 +26,7 @@ from storage.room_database import (
     database_path,
 )
 from storage.shards import KEY_BYTES_MAX, Shard, ShardBatch
-from storage.sql_guard import CELL_BYTES_MAX, STATEMENT_BYTES_MAX
+from storage.sql_guard import CELL_BYTES_MAX, STATEMENT_BYTES_MAX, at_once
 from storage.values import VALUE_BYTES_MAX
 
 ENDLESS = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
@@ -322,6 +322,17 @@ def test_a_foreign_key_is_never_left_to_the_commit(room: Room) -> None:
     room.run("INSERT INTO c (p) VALUES (1)")
     room.commit()
     assert room.run("SELECT * FROM c") == [{"p": 1, "note": "INITIALLY DEFERRED"}]
+
+
+def test_a_definition_has_other_words_between_comments() -> None:
+    """Q6: what is no INITIALLY DEFERRED stays, however many comments are there to look through."""
+    for definition in (
+        "CREATE TABLE c (initially /* one */, /* two */ deferred)",
+        f"CREATE TABLE c (initially {'/**/' * 10_000} INTEGER)",
+    ):
+        assert at_once(definition) == definition
+    apart = "/**/ -- and\n" * 1_000
+    assert at_once(f"REFERENCES p INITIALLY {apart}DEFERRED") == f"REFERENCES p INITIALLY {apart}IMMEDIATE"
 
 
 @pytest.mark.parametrize("closed_well", [True, False])
