@@ -286,6 +286,10 @@ class Commits:
         elif (results := batch.results.get(cell.shard)) is not None:
             results.append(result)
         else:
+            if cell.shard not in batch.shards:
+                # A turn that only asked its room's database, which could not be opened when the writes that
+                # it waits for were staged: those are in the shard.
+                self._join(cell, cell.shard)
             batch.results[cell.shard] = [result]
         if edits:
             batch.edits.extend(edits)

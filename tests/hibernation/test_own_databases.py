@@ -634,6 +634,37 @@ def test_a_room_whose_file_cannot_be_opened_costs_nobody_else_anything(
     world.close()
 
 
+def test_a_file_that_comes_back_while_the_shard_has_results_of_its_room(
+    world: World, monkeypatch: Any
+) -> None:
+    """H2, H3: what only asks it then leaves behind them, and with the same commit."""
+    monkeypatch.setattr(storage.room_databases, "IDLE_SECONDS", 0.0)
+    world.do("r", "moves", add("a", key=1))
+    path = world.databases.get("main/r").path
+    world.executed()
+    for _ in range(3):
+        world.tidy()
+    assert not world.databases.are_open()
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    cell = world.cell("r")
+    world.commits.must_store(cell)
+    world.commits.hold(cell, [wire.EFFECTS, "says", []], [])
+    aside.rename(path)
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "asks", lambda storage: storage.sql(NAMES))
+            await world.turn("r", "asks again", lambda storage: storage.get("key"))
+
+    trio.run(main)
+    assert world.names == ["moves"]
+    world.settle()
+    assert world.names == ["moves", "says", "asks", "asks again"]
+    assert [number for _, number in world.left] == sorted({number for _, number in world.left})
+    assert world.stored("r") == ({"key": 1}, ["a"])
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_a_refused_commit_is_kept_and_tried_again(world: World, monkeypatch: Any, undone: bool) -> None:
     """S36: nothing of it leaves meanwhile; where SQLite has undone the statements they are executed again."""
