@@ -138,9 +138,11 @@ class Commits:
         self.count = 0
         #: Why the disk refuses what is to be committed; None: it does not.
         self.paused: str | None = None
-        # Set by the host: says that what runs has nothing to do with the end that comes; told of each commit
-        # that sets alarms, with its shard and the first of their due times.
+        # Set by the host: says that what runs has nothing to do with the end that comes; has the round end
+        # soon, though no turn has ended, and not at the call; told of each commit that sets alarms, with its
+        # shard and the first of their due times.
         self.absolve: Callable[[], None] = lambda: None
+        self.flush_soon: Callable[[], None] = lambda: None
         self.alarms_stored: Callable[[int, int], None] = lambda _shard, _due_ms: None
 
     @property
@@ -523,7 +525,8 @@ class Commits:
             if row > self._deleted.get(shard, 0):
                 with contextlib.suppress(CommitRefused):
                     self._shards[shard].commit(ShardBatch(), (), row)
-        # What was cancelled with this process must not be committed with them.
+        # What was cancelled with this process must not be committed with them; nor is what was put off for it.
+        self._put_off.clear()
         self._databases.abandon_turns()
         for database in self._databases.all_open():
             executed = self._executed.get(database.shard.index, 0)
@@ -659,6 +662,8 @@ class Commits:
             forming.edits += put_off.edits
             forming.after += put_off.after
             forming.lasting += put_off.lasting
+            # Whoever has let go may go on for long, and wait for the commit of this with its next statement.
+            self.flush_soon()
         self.look_again(cell.key)
 
     def look_again(self, key: str) -> None:

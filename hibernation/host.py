@@ -222,6 +222,7 @@ class Host:
             self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
         )
         self._commits.absolve = self._blame.running.absolve
+        self._commits.flush_soon = lambda: self._spawn_for_life(self._flush_later)
         self._alarms = Alarms(
             self._shards, self._kinds, self._pool, self._commits, settings.alarms_in_flight_max
         )
@@ -626,6 +627,11 @@ class Host:
         self._send()
         if not self._synced and self._socket is not None:
             self._sync()
+
+    async def _flush_later(self) -> None:
+        """End a round where no worker does: they may all be waiting for the link."""
+        await trio.lowlevel.checkpoint()
+        self._flush()
 
     def _send(self) -> None:
         """Send what may leave, as one message."""

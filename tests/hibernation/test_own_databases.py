@@ -1213,6 +1213,47 @@ def test_what_is_put_off_for_a_turn_that_waits_goes_on_when_that_is_cancelled(
     assert not world.commits._wanting
 
 
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_what_waited_for_work_that_goes_on_is_committed_soon(world: World, gives_up: bool) -> None:
+    """S20, S28: behind a statement that only asks, and behind one that the work gives up."""
+    world.do("r", "moves", add("first"))
+    asked_for: list[list[str]] = []
+    world.commits.flush_soon = lambda: asked_for.append(list(world.names))
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "1", put(key=1))
+            room = world.cell("r").room
+            assert room is not None
+            scope = trio.CancelScope()
+
+            async def work() -> None:
+                room._begin(Beside)
+                with scope:
+                    await room.storage.sql(NAMES)
+                await room.storage.sql(NAMES)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(work)
+                await trio.testing.wait_all_tasks_blocked()
+                async with trio.open_nursery() as writing:  # noqa: ASYNC112 - its turn is another task's
+                    writing.start_soon(world.turn, "r", "2", put(key=2))
+                assert not asked_for
+                if gives_up:
+                    scope.cancel()
+                else:
+                    world.settle()
+                await trio.testing.wait_all_tasks_blocked()
+                assert asked_for == [["moves"] if gives_up else ["moves", "1"]]
+                assert nursery.child_tasks
+                world.settle()
+                assert world.names == ["moves", "1", "2"]
+
+    trio.run(main)
+    assert len(asked_for) == 1
+    assert world.stored("r") == ({"key": 2}, ["first"])
+
+
 def test_a_gateway_goes_while_background_work_waits_for_the_database(world: World) -> None:
     """S22: what was put off for it is kept for the next gateway, and it goes on."""
     world.do("r", "moves", add("first"))

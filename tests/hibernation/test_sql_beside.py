@@ -29,6 +29,8 @@ class Rows(Server):
             self.room.start_soon(self.work, 5)
         elif what == "ask":
             self.room.start_soon(self.ask)
+        elif what == "look":
+            self.room.start_soon(self.look)
         elif what == "hold":
             self.room.start_soon(self.hold)
         elif what == "break":
@@ -80,6 +82,12 @@ class Rows(Server):
                 assert await self.count() == count
             await self.go_on.wait()
         self.room.broadcast(f"asked, {await self.count()}")
+
+    async def look(self) -> None:
+        async with self.room.storage.transaction():
+            await self.count()
+            await trio.sleep(0.5)
+        await self.go_on.wait()
 
     async def hold(self) -> None:
         await self.room.storage.sql(CREATE)
@@ -332,6 +340,26 @@ def test_what_was_put_off_for_background_work_leaves_when_that_fails() -> None:
             assert list(bert.received) == ["put this"]
             bert.send("how many")
             await bert.expect("put this", "0 put this")
+
+    main()
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_what_was_put_off_for_background_work_leaves_when_that_lets_go(kind: type[Server]) -> None:
+    """S20, S28: though that goes on, has changed nothing, and nothing comes behind."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("look")
+            await kit.advance(0.1)
+            bert.send("put this")
+            await kit.advance(0.1)
+            assert not bert.received
+            await kit.advance(0.4)  # to behind the transaction, and before anything that comes each second
+            assert list(bert.received) == ["put this"]
 
     main()
 
