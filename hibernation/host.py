@@ -549,14 +549,16 @@ class Host:
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)
 
-    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
-        """A turn has ended well: stage its writes, and let its result leave, or wait for the commit."""
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any], whole: Turn | None = None) -> None:
+        """A turn has ended well, or a part of this whole one: stage its writes, and let its result leave, or
+        wait for the commit.
+        """
         self.turn_count += 1
         turn.room = None
         if turn.stored:
-            self._commits.stage(cell, turn)
+            self._commits.stage(cell, turn, whole)
         if turn.evict or turn.tasks:
-            self._carry_on(cell, turn)
+            self._carry_on(cell, turn, whole)
         edits = turn.edits
         if not cell.gate:
             self._out.append(result)
@@ -567,14 +569,14 @@ class Host:
         else:
             self._commits.hold(cell, result, self._edits(cell, edits) if edits else [], turn.bytes)
 
-    def _carry_on(self, cell: Cell, turn: Turn) -> None:
+    def _carry_on(self, cell: Cell, turn: Turn, whole: Turn | None) -> None:
         """What a turn has asked of its room: to go, or to work on."""
         room = cell.room
         assert room is not None
         room._evict = room._evict or turn.evict
         if turn.tasks:
             # On disk with its turn, so that no other host runs that again, and begins it a second time.
-            self._commits.must_store(cell)
+            self._commits.must_store(cell, whole)
             begin = self._background.planned(cell, room, turn.tasks)
             self._commits.after(cell, begin, lasting=True)
 
@@ -879,9 +881,10 @@ class Host:
         assert room is not None
         cell = self._cell_of(room.key, turn)
         part = turn.split()
+        self._commits.let_by(cell, turn)
         if part.used:
             try:
-                self._finish(cell, part, [wire.EFFECTS, part.effects])
+                self._finish(cell, part, [wire.EFFECTS, part.effects], turn)
             except BaseException:
                 turn.inner = part.inner  # which is undone with the turn
                 raise
