@@ -1142,6 +1142,35 @@ def test_delete_all_that_is_undone_or_flushed_leaves_what_it_should(world: World
     assert world.stored("r") == ({}, [])
 
 
+@pytest.mark.parametrize("when", ["at the end", "behind statements", "before statements"])
+def test_delete_all_that_takes_too_long_fails_its_turn(world: World, when: str) -> None:
+    """S27, S28: the loop waits for it no longer than for a statement; nothing is gone."""
+
+    async def fill(storage: Storage) -> None:
+        await add("first", key=1)(storage)
+        await storage.sql("CREATE TABLE ring (id INTEGER PRIMARY KEY, next REFERENCES ring)")
+        await storage.sql(
+            "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+            "INSERT INTO ring (id) SELECT x FROM c LIMIT 20000"
+        )
+
+    async def clear(storage: Storage) -> None:
+        storage._room._settings = Settings(sql_timeout=0.01)
+        if when == "behind statements":
+            await storage.sql(INSERT, "never")
+        storage.delete_all()
+        if when == "before statements":
+            await storage.sql(INSERT, "never")
+
+    world.do("r", "fills", fill)
+    with pytest.raises(SqlError, match=r"longer than 0\.01 s"):
+        world.do("r", "clears", clear)
+    world.settle()
+    assert world.names == ["fills"]
+    assert world.stored("r") == ({"key": 1}, ["first"])
+    assert world.databases.get("main/r")._file.read("SELECT count(*) FROM ring") == [(20000,)]
+
+
 # Whose turn it is
 
 
