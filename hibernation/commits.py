@@ -21,11 +21,12 @@ One turn at a time has a room's own database: from its first statement until the
 on disk, since its statements are in the one transaction that this commits. The next such turn waits. Turns of
 the room that end meanwhile and have not executed any (in rooms where turns overlap, or have background work)
 are put off until the former has ended; then all go into one batch. So are those that end while a turn waits
-that may have the database next: else a room that never stops writing would never give it away. Those that
-wait have it in the order in which they came. Background work has the database from a statement that changes
-something until it flushes. When the gateway goes, and with it all turns under way, what is put off for the
-sake of background work must not wait any longer, since the next gateway has to be told of it first: the work
-that has the database loses the statements that it has not flushed, and is told so.
+that may have the database next: else a room that never stops writing would never give it away. What that turn
+flushes meanwhile, in another of its tasks, is not put off, and all before it goes with it: else it would wait
+for itself. Those that wait have it in the order in which they came. Background work has the database from a
+statement that changes something until it flushes. When the gateway goes, and with it all turns under way,
+what is put off for the sake of background work must not wait any longer, since the next gateway has to be
+told of it first: the work that has the database loses the statements that it has not flushed, and is told so.
 
 Invariants:
     H2  no result is released before all that its turn wrote, or could have read, is committed
@@ -138,9 +139,11 @@ class Commits:
         self.count = 0
         #: Why the disk refuses what is to be committed; None: it does not.
         self.paused: str | None = None
-        # Set by the host: says that what runs has nothing to do with the end that comes; told of each commit
-        # that sets alarms, with its shard and the first of their due times.
+        # Set by the host: says that what runs has nothing to do with the end that comes; has the round end
+        # soon, though no turn has ended, and not at the call; told of each commit that sets alarms, with its
+        # shard and the first of their due times.
         self.absolve: Callable[[], None] = lambda: None
+        self.flush_soon: Callable[[], None] = lambda: None
         self.alarms_stored: Callable[[int, int], None] = lambda _shard, _due_ms: None
 
     @property
@@ -174,8 +177,12 @@ class Commits:
         committing = self._committing
         return self._forming.bytes + (committing.bytes if committing is not None else 0)
 
-    def stage(self, cell: Cell, turn: Turn) -> None:
-        """Take over the writes of a turn that has ended well: later turns of the room read them from here."""
+    def stage(self, cell: Cell, turn: Turn, whole: Turn | None = None) -> None:
+        """Take over the writes of a turn that has ended well: later turns of the room read them from here.
+
+        Args:
+            whole: The turn that flushes this as a part of it, and goes on; see `let_by`.
+        """
         index = cell.shard
         if index == -1 or cell.key in self._databases.own:
             index = self._find_store(cell, turn.cleared or turn.writes is not None)
@@ -184,7 +191,7 @@ class Commits:
             if not self._stage_statements(cell, turn, inner.database):
                 return
             self._stage(cell, turn, cell.shard)
-        elif index == cell.key and self._is_held(cell.key):
+        elif index == cell.key and self._is_held(cell.key, whole):
             self._put_off_to(cell).turns.append(turn)
         else:
             self._stage(cell, turn, index)
@@ -286,19 +293,23 @@ class Commits:
         elif (results := batch.results.get(cell.shard)) is not None:
             results.append(result)
         else:
+            if cell.shard not in batch.shards:
+                # A turn that only asked its room's database, which could not be opened when the writes that
+                # it waits for were staged: those are in the shard.
+                self._join(cell, cell.shard)
             batch.results[cell.shard] = [result]
         if edits:
             batch.edits.extend(edits)
 
-    def must_store(self, cell: Cell) -> None:
+    def must_store(self, cell: Cell, whole: Turn | None = None) -> None:
         """The result that the room holds next is to be on disk before it leaves, whether or not its turn
-        wrote.
+        wrote. `whole`: see `stage`.
         """
         if cell.gate in (PUT_OFF, self._forming.number):
             return
         if cell.shard == -1 or cell.key in self._databases.own:
             self._find_store(cell)
-        if cell.shard == cell.key and self._is_held(cell.key):
+        if cell.shard == cell.key and self._is_held(cell.key, whole):
             self._put_off_to(cell)
         else:
             self._join(cell, cell.shard)
@@ -519,7 +530,8 @@ class Commits:
             if row > self._deleted.get(shard, 0):
                 with contextlib.suppress(CommitRefused):
                     self._shards[shard].commit(ShardBatch(), (), row)
-        # What was cancelled with this process must not be committed with them.
+        # What was cancelled with this process must not be committed with them, nor what was put off for it.
+        self._put_off.clear()
         self._databases.abandon_turns()
         for database in self._databases.all_open():
             executed = self._executed.get(database.shard.index, 0)
@@ -597,10 +609,11 @@ class Commits:
         line.pop(next(place for place, each in enumerate(line) if each is turn))
         if not line:
             del self._wanting[cell.key]
-        if self._is_held(cell.key):
+        database = self._databases.opened(cell.key)
+        if database is not None and database.holder is not None:
             self.look_again(cell.key)
         else:
-            self._freed(cell)
+            self._freed(cell)  # not for the next one in line: who flushes may be waiting in it, see `let_by`
 
     async def database_to_clear(
         self, cell: Cell, turn: object, may_have: Callable[[], bool] = lambda: True
@@ -633,12 +646,25 @@ class Commits:
             cell.shard = cell.key  # from now on, whether it was before or not
         return changed or bool(turn.writes) or bool(turn.alarms) or turn.cleared
 
-    def _is_held(self, key: str) -> bool:
-        """Whether another turn has the room's database, or is the next to have it."""
-        if key in self._wanting:
-            return True
+    def _is_held(self, key: str, turn: object) -> bool:
+        """Whether another turn than this one has the room's database, or is the next to have it."""
         database = self._databases.opened(key)
-        return database is not None and database.holder is not None
+        if database is not None and database.holder is not None:
+            return True
+        line = self._wanting.get(key)
+        return line is not None and line[0] is not turn
+
+    def _is_next(self, key: str, turn: object) -> bool:
+        """Whether no turn has the room's database, and this one is the next to have it."""
+        return key in self._wanting and not self._is_held(key, turn)
+
+    def let_by(self, cell: Cell, turn: Turn) -> None:
+        """A turn is about to flush a part. If it is the next to have the room's database, as another of its
+        tasks waits for that, nothing stays put off until then: the part has to leave behind what is, and
+        before the turn can let go of the database.
+        """
+        if cell.gate == PUT_OFF and self._is_next(cell.key, turn):
+            self._freed(cell)
 
     def _freed(self, cell: Cell) -> None:
         """The turn that had the room's database, or was to have it, has ended, well or not: what was put off
@@ -655,6 +681,8 @@ class Commits:
             forming.edits += put_off.edits
             forming.after += put_off.after
             forming.lasting += put_off.lasting
+            # Whoever has let go may go on for long, and wait for the commit of this with its next statement.
+            self.flush_soon()
         self.look_again(cell.key)
 
     def look_again(self, key: str) -> None:
@@ -700,8 +728,7 @@ class Commits:
         database = self._databases.opened(cell.key)
         if database is not None and database.holder is not None:
             return database.holder is turn
-        line = self._wanting.get(cell.key)
-        return line is not None and line[0] is turn
+        return self._is_next(cell.key, turn)
 
     # --- What ended hosts -------------------------------------------------------------------------
 

@@ -222,6 +222,7 @@ class Host:
             self._pool, self._turns, self._commits, self._kinds, self._out_put, self._exchanges.refuse
         )
         self._commits.absolve = self._blame.running.absolve
+        self._commits.flush_soon = lambda: self._spawn_for_life(self._flush_later)
         self._alarms = Alarms(
             self._shards, self._kinds, self._pool, self._commits, settings.alarms_in_flight_max
         )
@@ -548,14 +549,16 @@ class Host:
     def _out_put(self, item: list[Any]) -> None:
         self._out.append(item)
 
-    def _finish(self, cell: Cell, turn: Turn, result: list[Any]) -> None:
-        """A turn has ended well: stage its writes, and let its result leave, or wait for the commit."""
+    def _finish(self, cell: Cell, turn: Turn, result: list[Any], whole: Turn | None = None) -> None:
+        """A turn has ended well, or a part of this whole one: stage its writes, and let its result leave, or
+        wait for the commit.
+        """
         self.turn_count += 1
         turn.room = None
         if turn.stored:
-            self._commits.stage(cell, turn)
+            self._commits.stage(cell, turn, whole)
         if turn.evict or turn.tasks:
-            self._carry_on(cell, turn)
+            self._carry_on(cell, turn, whole)
         edits = turn.edits
         if not cell.gate:
             self._out.append(result)
@@ -566,14 +569,14 @@ class Host:
         else:
             self._commits.hold(cell, result, self._edits(cell, edits) if edits else [], turn.bytes)
 
-    def _carry_on(self, cell: Cell, turn: Turn) -> None:
+    def _carry_on(self, cell: Cell, turn: Turn, whole: Turn | None) -> None:
         """What a turn has asked of its room: to go, or to work on."""
         room = cell.room
         assert room is not None
         room._evict = room._evict or turn.evict
         if turn.tasks:
             # On disk with its turn, so that no other host runs that again, and begins it a second time.
-            self._commits.must_store(cell)
+            self._commits.must_store(cell, whole)
             begin = self._background.planned(cell, room, turn.tasks)
             self._commits.after(cell, begin, lasting=True)
 
@@ -626,6 +629,11 @@ class Host:
         self._send()
         if not self._synced and self._socket is not None:
             self._sync()
+
+    async def _flush_later(self) -> None:
+        """End a round where no worker does: they may all be waiting for the link."""
+        await trio.lowlevel.checkpoint()
+        self._flush()
 
     def _send(self) -> None:
         """Send what may leave, as one message."""
@@ -873,9 +881,10 @@ class Host:
         assert room is not None
         cell = self._cell_of(room.key, turn)
         part = turn.split()
+        self._commits.let_by(cell, turn)
         if part.used:
             try:
-                self._finish(cell, part, [wire.EFFECTS, part.effects])
+                self._finish(cell, part, [wire.EFFECTS, part.effects], turn)
             except BaseException:
                 turn.inner = part.inner  # which is undone with the turn
                 raise

@@ -119,6 +119,10 @@ class Storage(AlarmMethods):
 
         That is what is there when the turn ends, or flushes: where turns overlap, also what others have
         stored since the call. In a room with tables that end waits as `sql` does.
+
+        Raises:
+            SqlError: The turn has called `sql`, and tables cannot be removed, or not in sql_timeout [2 s].
+                Nothing is removed. In a turn that has not, its end, or flush, raises it.
         """
         turn = self._room._staging()
         inner = turn.inner
@@ -126,7 +130,7 @@ class Storage(AlarmMethods):
             inner = turn.inner = Inner()  # so that `settle` is called
         inner.dropped = False
         if inner.database is not None:
-            inner.database.drop_tables(inner.depth)
+            inner.database.drop_tables(inner.depth, self._room._settings.sql_timeout)
             inner.dropped = True
         turn.writes = turn.alarms = None
         turn.cleared = turn.stored = True
@@ -363,7 +367,7 @@ async def settle(turn: Turn) -> None:
     tables and keys go together, and what turns store that end later stays.
 
     Raises:
-        SqlError: What the turn has executed is lost, or tables cannot be removed.
+        SqlError: What the turn has executed is lost, or tables cannot be removed, or not in sql_timeout.
         DataDirectoryError: The database cannot be used.
     """
     turn.check()
@@ -395,7 +399,8 @@ def _drop_tables(turn: Turn, inner: Inner) -> None:
     """Remove the tables, if `delete_all` was called and they are still there."""
     if turn.cleared and not inner.dropped:
         assert inner.database is not None
-        inner.database.drop_tables(inner.depth)
+        assert turn.room is not None
+        inner.database.drop_tables(inner.depth, turn.room._settings.sql_timeout)
         inner.dropped = True
 
 

@@ -96,6 +96,11 @@ _ROWS = "SELECT seq, items FROM _broker_outbox ORDER BY seq"
 _GET = "SELECT value FROM _broker_entries WHERE key = ?"
 _DEFINITIONS = "SELECT rowid, sql FROM sqlite_schema WHERE type = 'table' AND sql LIKE '%initially%'"
 _DEFINE = "UPDATE sqlite_schema SET sql = ? WHERE rowid = ?"
+_FOREIGN_KEYS = """
+    SELECT child.name, reference."table"
+    FROM sqlite_schema AS child JOIN pragma_foreign_key_list(child.name) AS reference
+    WHERE child.type = 'table'
+"""
 _FORGET_ROWS = "DELETE FROM _broker_outbox WHERE seq <= ?"
 _ADD_ROW = "INSERT INTO _broker_outbox (seq, items) VALUES (?, ?)"
 _DELETE = RowStatement("DELETE FROM _broker_entries WHERE key IN (", "?", ")")
@@ -106,6 +111,8 @@ _THEIRS: Final = "\n--"
 _RETURNING: Final = re.compile(r"\breturning\b", re.IGNORECASE)
 #: Stands among the statements of a turn for "all tables went".
 _DROP: Final = ""
+#: What is told to have failed when tables do not go.
+_DROPPING: Final = "DROP TABLE"
 
 Noted = tuple[str, tuple[Value, ...], int]
 """A statement that was executed, its parameters, and the hash of what it gave."""
@@ -466,14 +473,31 @@ class RoomDatabase:
             raise self._file.failed(error) from error
         inner.pop()
 
-    def drop_tables(self, depth: int) -> None:
-        """Remove whatever the room's code has created, as a part of the turn."""
+    def drop_tables(self, depth: int, seconds: float) -> None:
+        """Remove whatever the room's code has created, as a part of the turn.
+
+        Args:
+            depth: how many inner transactions are open.
+            seconds: how long it may take.
+
+        Raises:
+            SqlError: something cannot be removed, or it takes too long; all is as it was.
+        """
         self._enter(depth)
+        writer = self._file.writer
         try:
-            self._drop_tables()
+            writer.execute("SAVEPOINT _broker_statement")
+            self._guard.limit(seconds)
+            try:
+                self._drop_tables()
+            finally:
+                self._guard.end()
+            writer.execute("RELEASE _broker_statement")
         except sqlite3.Error as error:
-            self._restore_if_lost()
-            raise self._explain(error, "DROP TABLE", 0) from error
+            if not self._restore_if_lost():
+                writer.execute("ROLLBACK TO _broker_statement")
+                writer.execute("RELEASE _broker_statement")
+            raise self._explain(error, _DROPPING, seconds) from error
         self._noted.append((_DROP, (), 0))
 
     def execute(
@@ -640,9 +664,15 @@ class RoomDatabase:
             found = writer.execute(
                 "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL"
             ).fetchall()
+            place = {name: number for number, name in enumerate(_children_first(writer))}
             theirs = sorted(
                 [
-                    (order["virtual" if sql[:14].upper() == "CREATE VIRTUAL" else kind], kind, name)
+                    (
+                        order["virtual" if sql[:14].upper() == "CREATE VIRTUAL" else kind],
+                        place.get(name, len(place)),
+                        kind,
+                        name,
+                    )
                     for kind, name, sql in found
                     if kind != "index" and name not in INTERNAL and not name.startswith("sqlite_")
                 ]
@@ -651,12 +681,14 @@ class RoomDatabase:
                 return
             dropped = 0
             refusal: sqlite3.Error | None = None
-            for _, kind, name in theirs:
+            for _, _, kind, name in theirs:
                 quoted = name.replace('"', '""')
                 try:
                     writer.execute(f'DROP {kind} IF EXISTS "{quoted}"')
                     dropped += 1
                 except sqlite3.Error as error:  # a foreign key that restricts, or a part of a virtual table
+                    if not writer.in_transaction:
+                        raise  # all is undone, and nothing may be done beside a transaction
                     refusal = error
             if not dropped:
                 assert refusal is not None
@@ -683,10 +715,13 @@ class RoomDatabase:
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         name = getattr(error, "sqlite_errorname", "")
         if code == sqlite3.SQLITE_INTERRUPT:
+            remedy = "Give it an index or a LIMIT, or split it"
+            if statement is _DROPPING:
+                remedy = "Give each foreign key an index"
             return SqlError(
                 statement,
                 f"it took longer than {seconds:g} s, and all rooms of its host had to wait",
-                "Give it an index or a LIMIT, or split it; `sql_timeout` allows more",
+                f"{remedy}; `sql_timeout` allows more",
                 code=name,
             )
         if code == sqlite3.SQLITE_FULL:
@@ -746,6 +781,30 @@ class RoomDatabase:
 
 def _nothing() -> None:
     pass
+
+
+def _children_first(connection: sqlite3.Connection) -> list[str]:
+    """Give the tables with foreign keys, each behind those that refer to it: before a table goes SQLite looks
+    for whatever refers to its rows, and without an index that is through all of another table for each of
+    them. In a ring one has to be first.
+    """
+    children = set()
+    referring: dict[str, list[str]] = {}
+    for child, parent in connection.execute(_FOREIGN_KEYS).fetchall():
+        children.add(child)
+        referring.setdefault(parent.lower(), []).append(child)
+    order: list[str] = []
+    seen = set()
+    stack = [(name, False) for name in sorted(children)]
+    while stack:
+        name, passed = stack.pop()
+        if passed:
+            order.append(name)
+        elif name not in seen:
+            seen.add(name)
+            stack.append((name, True))
+            stack.extend([(each, False) for each in referring.get(name.lower(), ())])
+    return order
 
 
 def room_of(path: Path) -> str:

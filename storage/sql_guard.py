@@ -2,7 +2,7 @@
 
 Owns the authorizer and the clock of one connection, and the check of parameters. Must not execute anything.
 Peer: `storage.room_database`, which switches it on for a statement of the room's code, and off again for its
-own.
+own; those that take the room's tables away have the clock alone.
 
 SQLite asks the authorizer when it compiles a statement, and compiles it once: what was allowed is allowed the
 next time too. So the text of a statement of the room's code must never be that of one of ours.
@@ -11,6 +11,7 @@ next time too. So the text of a statement of the room's code must never be that 
 import re
 import sqlite3
 from collections.abc import Sequence
+from math import inf
 from time import monotonic
 from typing import Any, Final, NoReturn
 
@@ -97,9 +98,10 @@ _NOT_SAID: Final = re.compile(
     r"""--[^\n]*|/\*.*?(?:\*/|\Z)|'(?:[^']|'')*'|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]""", re.DOTALL
 )
 _DEFERRED: Final = re.compile(r"\binitially\s+deferred\b", re.IGNORECASE)
-#: The same in a definition that is kept as it is, comments included; or what that does not say.
+#: The same in a definition that is kept as it is, comments included; or what that does not say. A comment
+#: ends where it first can, and nowhere else.
 _DEFERRED_THERE: Final = re.compile(
-    rf"{_NOT_SAID.pattern}|\b(initially(?:\s|--[^\n]*\n|/\*.*?\*/)+)deferred\b", re.DOTALL | re.IGNORECASE
+    rf"{_NOT_SAID.pattern}|\b(initially(?:\s|--[^\n]*\n|(?>/\*.*?\*/))+)deferred\b", re.DOTALL | re.IGNORECASE
 )
 #: Foreign keys are looked at with each statement: what only a COMMIT would find could be told to nobody.
 _DEFERRING: Final = frozenset({sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_ALTER_TABLE})
@@ -114,9 +116,10 @@ class Guard:
     def __init__(self) -> None:
         #: A statement of the room's code is being compiled, or runs.
         self.active = False
-        #: Of that statement: when it has to end; whether SQLite asked about it, it writes, or it is for the
-        #: sake of SQLite itself; and why it was refused, with what to do instead.
-        self.deadline = 0.0
+        #: When what runs has to end.
+        self.deadline = inf
+        #: Of that statement: whether SQLite asked about it, it writes, or it is for the sake of SQLite
+        #: itself; and why it was refused, with what to do instead.
         self.asked = self.writes = self.maintains = False
         self.refused: tuple[str, str] | None = None
         self.statement = ""
@@ -125,17 +128,22 @@ class Guard:
         """A statement of the room's code comes; it may take so long."""
         self.statement = statement
         self.asked = self.writes = self.maintains = False
-        self.refused = None
-        self.deadline = monotonic() + seconds
+        self.limit(seconds)
         self.active = True
 
+    def limit(self, seconds: float) -> None:
+        """Statements of ours come, on the loop thread; all together may take so long."""
+        self.refused = None
+        self.deadline = monotonic() + seconds
+
     def end(self) -> None:
-        """It has ended."""
+        """It has ended, or they have."""
         self.active = False
+        self.deadline = inf
 
     def is_too_late(self) -> bool:
-        """Whether the statement has to be interrupted."""
-        return self.active and monotonic() > self.deadline
+        """Whether what runs has to be interrupted."""
+        return monotonic() > self.deadline
 
     def authorize(
         self, action: int, first: str | None, second: str | None, _database: str | None, _through: str | None

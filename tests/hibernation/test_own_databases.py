@@ -634,6 +634,37 @@ def test_a_room_whose_file_cannot_be_opened_costs_nobody_else_anything(
     world.close()
 
 
+def test_a_file_that_comes_back_while_the_shard_has_results_of_its_room(
+    world: World, monkeypatch: Any
+) -> None:
+    """H2, H3: what only asks it then leaves behind them, and with the same commit."""
+    monkeypatch.setattr(storage.room_databases, "IDLE_SECONDS", 0.0)
+    world.do("r", "moves", add("a", key=1))
+    path = world.databases.get("main/r").path
+    world.executed()
+    for _ in range(3):
+        world.tidy()
+    assert not world.databases.are_open()
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    cell = world.cell("r")
+    world.commits.must_store(cell)
+    world.commits.hold(cell, [wire.EFFECTS, "says", []], [])
+    aside.rename(path)
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "asks", lambda storage: storage.sql(NAMES))
+            await world.turn("r", "asks again", lambda storage: storage.get("key"))
+
+    trio.run(main)
+    assert world.names == ["moves"]
+    world.settle()
+    assert world.names == ["moves", "says", "asks", "asks again"]
+    assert [number for _, number in world.left] == sorted({number for _, number in world.left})
+    assert world.stored("r") == ({"key": 1}, ["a"])
+
+
 @pytest.mark.parametrize("undone", [False, True])
 def test_a_refused_commit_is_kept_and_tried_again(world: World, monkeypatch: Any, undone: bool) -> None:
     """S36: nothing of it leaves meanwhile; where SQLite has undone the statements they are executed again."""
@@ -1111,6 +1142,35 @@ def test_delete_all_that_is_undone_or_flushed_leaves_what_it_should(world: World
     assert world.stored("r") == ({}, [])
 
 
+@pytest.mark.parametrize("when", ["at the end", "behind statements", "before statements"])
+def test_delete_all_that_takes_too_long_fails_its_turn(world: World, when: str) -> None:
+    """S27, S28: the loop waits for it no longer than for a statement; nothing is gone."""
+
+    async def fill(storage: Storage) -> None:
+        await add("first", key=1)(storage)
+        await storage.sql("CREATE TABLE ring (id INTEGER PRIMARY KEY, next REFERENCES ring)")
+        await storage.sql(
+            "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
+            "INSERT INTO ring (id) SELECT x FROM c LIMIT 20000"
+        )
+
+    async def clear(storage: Storage) -> None:
+        storage._room._settings = Settings(sql_timeout=0.01)
+        if when == "behind statements":
+            await storage.sql(INSERT, "never")
+        storage.delete_all()
+        if when == "before statements":
+            await storage.sql(INSERT, "never")
+
+    world.do("r", "fills", fill)
+    with pytest.raises(SqlError, match=r"longer than 0\.01 s"):
+        world.do("r", "clears", clear)
+    world.settle()
+    assert world.names == ["fills"]
+    assert world.stored("r") == ({"key": 1}, ["first"])
+    assert world.databases.get("main/r")._file.read("SELECT count(*) FROM ring") == [(20000,)]
+
+
 # Whose turn it is
 
 
@@ -1180,6 +1240,47 @@ def test_what_is_put_off_for_a_turn_that_waits_goes_on_when_that_is_cancelled(
     assert world.stored("r") == ({"key": 2}, ["first", *(["other"] if other else [])])
     assert not world.commits._put_off
     assert not world.commits._wanting
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+def test_what_waited_for_work_that_goes_on_is_committed_soon(world: World, gives_up: bool) -> None:
+    """S20, S28: behind a statement that only asks, and behind one that the work gives up."""
+    world.do("r", "moves", add("first"))
+    asked_for: list[list[str]] = []
+    world.commits.flush_soon = lambda: asked_for.append(list(world.names))
+
+    async def main() -> None:
+        with trio.fail_after(20):
+            await world.turn("r", "1", put(key=1))
+            room = world.cell("r").room
+            assert room is not None
+            scope = trio.CancelScope()
+
+            async def work() -> None:
+                room._begin(Beside)
+                with scope:
+                    await room.storage.sql(NAMES)
+                await room.storage.sql(NAMES)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(work)
+                await trio.testing.wait_all_tasks_blocked()
+                async with trio.open_nursery() as writing:  # noqa: ASYNC112 - its turn is another task's
+                    writing.start_soon(world.turn, "r", "2", put(key=2))
+                assert not asked_for
+                if gives_up:
+                    scope.cancel()
+                else:
+                    world.settle()
+                await trio.testing.wait_all_tasks_blocked()
+                assert asked_for == [["moves"] if gives_up else ["moves", "1"]]
+                assert nursery.child_tasks
+                world.settle()
+                assert world.names == ["moves", "1", "2"]
+
+    trio.run(main)
+    assert len(asked_for) == 1
+    assert world.stored("r") == ({"key": 2}, ["first"])
 
 
 def test_a_gateway_goes_while_background_work_waits_for_the_database(world: World) -> None:

@@ -29,6 +29,8 @@ class Rows(Server):
             self.room.start_soon(self.work, 5)
         elif what == "ask":
             self.room.start_soon(self.ask)
+        elif what == "look":
+            self.room.start_soon(self.look)
         elif what == "hold":
             self.room.start_soon(self.hold)
         elif what == "break":
@@ -80,6 +82,12 @@ class Rows(Server):
                 assert await self.count() == count
             await self.go_on.wait()
         self.room.broadcast(f"asked, {await self.count()}")
+
+    async def look(self) -> None:
+        async with self.room.storage.transaction():
+            await self.count()
+            await trio.sleep(0.5)
+        await self.go_on.wait()
 
     async def hold(self) -> None:
         await self.room.storage.sql(CREATE)
@@ -167,6 +175,42 @@ class Overlapping(Rows):
 class Interleaving(Rows):
     hibernate = False
     concurrency = "interleave"
+
+
+class Twofold(Overlapping):
+    """Its background work waits for the database in one task, and flushes in another."""
+
+    async def on_message(self, message: str, sender: Any) -> None:
+        what, _, flushes = message.partition(" ")
+        if what == "both":
+            self.room.start_soon(self.both, flushes)
+        elif what == "before":
+            self.room.start_soon(self.before)
+        else:
+            await super().on_message(message, sender)
+
+    async def before(self) -> None:
+        await self.go_on.wait()
+        with trio.move_on_after(0.3):
+            await self.room.storage.sql(INSERT, "never")
+
+    async def both(self, flushes: str) -> None:
+        await self.go_on.wait()
+        await trio.sleep(0.1)  # "before" comes before
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.room.storage.sql, INSERT, "both")
+            await trio.sleep(0.1)  # it waits for the database now, and others wait for that
+            if flushes == "put":
+                self.room.storage.put("key", "both")
+            elif flushes == "task":
+                self.room.start_soon(self.begun)
+            else:
+                self.room.broadcast("said")
+            await self.room.flush()
+        self.room.broadcast("both end")
+
+    async def begun(self) -> None:
+        self.room.broadcast("begun")
 
 
 async def until(kit: AsyncKit, client: Any, message: str) -> list[Any]:
@@ -332,6 +376,68 @@ def test_what_was_put_off_for_background_work_leaves_when_that_fails() -> None:
             assert list(bert.received) == ["put this"]
             bert.send("how many")
             await bert.expect("put this", "0 put this")
+
+    main()
+
+
+@pytest.mark.parametrize("kind", [Rows, Overlapping, Interleaving])
+def test_what_was_put_off_for_background_work_leaves_when_that_lets_go(kind: type[Server]) -> None:
+    """S20, S28: though that goes on, has changed nothing, and nothing comes behind."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(kind) as kit:
+            anna, bert = await kit.connect("r", id="anna"), await kit.connect("r", id="bert")
+            anna.send("create")
+            anna.send("look")
+            await kit.advance(0.1)
+            bert.send("put this")
+            await kit.advance(0.1)
+            assert not bert.received
+            await kit.advance(0.4)  # to behind the transaction, and before anything that comes each second
+            assert list(bert.received) == ["put this"]
+
+    main()
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("flushes", ["put", "task", "word"])
+def test_who_waits_for_the_database_and_flushes_does_not_wait_for_itself(
+    flushes: str, beside: bool, before: bool
+) -> None:
+    """S20, S28, H3: nor behind another one that gives up waiting; what was put off for it goes first."""
+
+    @virtual
+    async def main() -> None:
+        async with AsyncKit(Twofold) as kit:
+            anna, bert = [await kit.connect("r", id=name, party="twofold") for name in ("anna", "bert")]
+            anna.send("create")
+            anna.send(f"both {flushes}")
+            if before:
+                anna.send("before")
+            await kit.settle()
+            commits = kit._machine.host._commits
+            commits._ready = lambda _: False
+            anna.send("put 1")
+            anna.send("go")
+            await kit.advance(0.15)
+            if beside:
+                bert.send("put 2")
+            await kit.advance(1)
+            assert not bert.received
+            commits._ready = lambda _: True
+            bert.send("put 3")  # and with it all that waits
+            await until(kit, anna, "both end")
+            await kit.settle()
+            heard = list(bert.received)
+            if flushes == "task":
+                heard.remove("begun")  # work of its own
+            said = ["said"] if flushes == "word" else []
+            assert heard == [*(["put 2"] if beside else []), *said, "put 3", "both end"]
+            bert.send("how many")
+            await kit.wait(lambda: "1 put 3" in bert.received, 30)
+            assert bert.received[-1] == "1 put 3"
 
     main()
 

@@ -26,7 +26,7 @@ from storage.room_database import (
     database_path,
 )
 from storage.shards import KEY_BYTES_MAX, Shard, ShardBatch
-from storage.sql_guard import CELL_BYTES_MAX, STATEMENT_BYTES_MAX
+from storage.sql_guard import CELL_BYTES_MAX, STATEMENT_BYTES_MAX, at_once
 from storage.values import VALUE_BYTES_MAX
 
 ENDLESS = "WITH RECURSIVE c (x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) "
@@ -302,18 +302,106 @@ def test_tables_go_whatever_refers_to_what(room: Room) -> None:
         room.run(statement)
     assert room.run("SELECT * FROM f WHERE f MATCH 'text'") == [{"text": "some text"}]
     room.commit()
-    room.database.drop_tables(0)
+    room.database.drop_tables(0, 20.0)
     room.commit()
     left = "SELECT name FROM sqlite_schema WHERE name NOT GLOB '*_broker_*' AND name NOT GLOB '*_sqlite_*'"
     assert {row["name"] for row in room.run(left)} <= {"sqlite_sequence"}
     room.database.check()
 
 
+def test_tables_go_before_those_that_they_refer_to(room: Room) -> None:
+    """S27: else SQLite reads all of the one for each row of the other; whatever their names are."""
+    for statement in (
+        "CREATE TABLE a (id INTEGER PRIMARY KEY)",
+        "CREATE TABLE b (id INTEGER PRIMARY KEY, a REFERENCES A)",
+        "CREATE TABLE c (b REFERENCES b, ring REFERENCES c, a REFERENCES a)",
+        "CREATE TABLE d (id INTEGER PRIMARY KEY, e REFERENCES e)",
+        "CREATE TABLE e (id INTEGER PRIMARY KEY, d REFERENCES d)",
+        "CREATE TABLE f (e REFERENCES e, nowhere REFERENCES nowhere)",
+    ):
+        room.run(statement)
+    for into in ("a (id)", "b (a)"):
+        room.run(f"{ENDLESS}INSERT INTO {into} SELECT x FROM c LIMIT 2000")
+    room.commit()
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1000
+
+    room.database._file.writer.set_progress_handler(count, 1000)
+    room.database.drop_tables(0, 20.0)
+    assert steps < 100_000
+    room.commit()
+    assert room.run("SELECT name FROM sqlite_schema WHERE length(name) = 1") == []
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_tables_that_take_too_long_to_go_stay_with_all_that_was_there(room: Room, depth: int) -> None:
+    """S27, S28: a ring without an index, which no order helps."""
+    room.run("CREATE TABLE ring (id INTEGER PRIMARY KEY, next REFERENCES ring)")
+    room.run(f"{ENDLESS}INSERT INTO ring (id) SELECT x FROM c LIMIT 500")
+    room.run("CREATE TABLE other (a)")
+    room.commit()
+    room.run("INSERT INTO other VALUES (1)", depth=depth)
+    with pytest.raises(SqlError, match="no such table"):
+        room.run("SELECT * FROM nowhere", depth=depth)
+    with pytest.raises(SqlError, match=r"took longer than 0 s.*Give each foreign key an index") as caught:
+        room.database.drop_tables(depth, 0.0)
+    assert caught.value.code == "SQLITE_INTERRUPT"
+    assert room.run("SELECT a, (SELECT count(*) FROM ring) AS n FROM other", depth=depth) == [
+        {"a": 1, "n": 500}
+    ]
+    for inner in range(depth, 0, -1):
+        room.database.leave(inner, keep=True)
+    room.commit()
+    assert room.run("SELECT a, (SELECT count(*) FROM ring) AS n FROM other") == [{"a": 1, "n": 500}]
+    room.database.drop_tables(0, 20.0)
+    room.commit()
+    assert room.run("SELECT name FROM sqlite_schema WHERE name IN ('ring', 'other')") == []
+
+
+def test_where_one_table_cannot_go_all_stay(tmp_path: Path) -> None:
+    """S27, S28: and the error is that of the table."""
+    room = Room(tmp_path)
+    room.run("CREATE TABLE t (a)")
+    room.commit()
+    room.database.undo()
+    path = room.database.path
+    room.close()
+    connection = sqlite3.connect(path)
+    connection.execute("PRAGMA writable_schema = on")
+    connection.execute(
+        "INSERT INTO sqlite_schema VALUES ('table', 'odd', 'odd', 0, ?)",
+        ("CREATE VIRTUAL TABLE odd USING nowhere",),
+    )
+    connection.commit()
+    connection.close()
+    shard = Shard(tmp_path, 0, durability="full")
+    database = RoomDatabase(tmp_path, shard, "main/a", durability="full")
+    database.begin(shard, lambda: None)
+
+    def run(statement: str) -> Any:
+        return database.execute(statement, (), depth=0, bytes_max=MIB, seconds=20.0)
+
+    run("INSERT INTO t VALUES (1)")
+    with pytest.raises(SqlError, match="VACUUM"):
+        run("VACUUM")
+    with pytest.raises(SqlError, match="no such module: nowhere"):
+        database.drop_tables(0, 20.0)
+    assert run("SELECT * FROM t") == [{"a": 1}]
+    assert database.end()
+    database.commit(ShardBatch(), [(shard.next_row(), b"row")])
+    assert database._file.read("SELECT a FROM t") == [(1,)]
+    database.close()
+    shard.close()
+
+
 def test_a_foreign_key_is_never_left_to_the_commit(room: Room) -> None:
     """S28: it would refuse the turn when nobody can be told; also behind `delete_all`."""
     room.run("CREATE TABLE old (a)")
     room.commit()
-    room.database.drop_tables(0)
+    room.database.drop_tables(0, 20.0)
     room.run("CREATE TABLE p (id INTEGER PRIMARY KEY)")
     room.run("CREATE TABLE c (p REFERENCES p DEFERRABLE, note DEFAULT 'INITIALLY DEFERRED') -- or not")
     with pytest.raises(SqlError, match="FOREIGN KEY"):
@@ -322,6 +410,17 @@ def test_a_foreign_key_is_never_left_to_the_commit(room: Room) -> None:
     room.run("INSERT INTO c (p) VALUES (1)")
     room.commit()
     assert room.run("SELECT * FROM c") == [{"p": 1, "note": "INITIALLY DEFERRED"}]
+
+
+def test_a_definition_has_other_words_between_comments() -> None:
+    """Q6: what is no INITIALLY DEFERRED stays, however many comments are there to look through."""
+    for definition in (
+        "CREATE TABLE c (initially /* one */, /* two */ deferred)",
+        f"CREATE TABLE c (initially {'/**/' * 10_000} INTEGER)",
+    ):
+        assert at_once(definition) == definition
+    apart = "/**/ -- and\n" * 1_000
+    assert at_once(f"REFERENCES p INITIALLY {apart}DEFERRED") == f"REFERENCES p INITIALLY {apart}IMMEDIATE"
 
 
 @pytest.mark.parametrize("closed_well", [True, False])
