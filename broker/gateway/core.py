@@ -657,15 +657,18 @@ class Gateway:
         return await self._close_all(seconds)
 
     def _beyond_help(self, hostless: bool) -> int:
-        """Connections of rooms that do not start, or, if `hostless`, have no host: their close turns come
-        when they do, after this end.
+        """Connections that only turns can take further, of rooms that do not start, or, if `hostless`, have
+        no host: their close turns come when they do, after this end. Who still owes us its Close, or has not
+        read ours, is none of them.
         """
         if not self.quarantine and not hostless:
             return 0
-        by_shard = self.links.by_shard
+        by_shard, needs_turn = self.links.by_shard, self.lifecycle.needs_turn
         return sum(
-            room is not None and (room.key in self.quarantine or (hostless and by_shard[room.shard] is None))
-            for room in self.connections.room
+            room is not None
+            and (room.key in self.quarantine or (hostless and by_shard[room.shard] is None))
+            and needs_turn(slot)
+            for slot, room in enumerate(self.connections.room)
         )
 
     # --- What the HTTP side asks ------------------------------------------------------------------

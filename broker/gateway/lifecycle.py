@@ -1073,6 +1073,18 @@ class Lifecycle:
         phases = self._connections.phase
         return sum(phases.count(phase) for phase in (CONNECTING, OPEN, ENDING, CLOSING, CLOSED))
 
+    def needs_turn(self, slot: int) -> bool:
+        """Whether this is one of those, and neither its client nor a deadline brings it further, but only the
+        end of a turn.
+        """
+        phase = self._connections.phase[slot]
+        if phase != ENDING:
+            return phase in (CONNECTING, OPEN, CLOSED)
+        ending = self._endings[slot]
+        if ending.cause in UNREACHABLE:
+            return True
+        return ending.answered and not self._sender.waiting_bytes(slot)
+
 
 def plain(sock: socket.socket) -> socket.socket:
     """The socket of a connection that is to be parked, as the type beneath the library's: it can all that is

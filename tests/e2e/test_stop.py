@@ -44,12 +44,12 @@ APP = """
                 await trio.sleep(0.01)
             return "done"
 
-        def on_close(self, connection):
+        def on_close(self, connection, code, reason, was_clean):
             if FOLDER.joinpath("deadly").exists():
                 FOLDER.joinpath("deadly").unlink()
                 os._exit(3)
             with FOLDER.joinpath("closed").open("a") as file:
-                file.write(f"{connection.id} {connection.close_cause}\\n")
+                file.write(f"{connection.id} {connection.close_cause} {was_clean}\\n")
 """
 
 
@@ -156,7 +156,31 @@ def test_close_turns_are_not_waited_for_when_their_host_has_died(broker: BrokerF
     [line] = process.log_events("stopping: the gateway waits")[:1]
     assert line["without_host"] is True
     process.start()
-    eventually(lambda: whole_lines(process.folder / "closed") == ["last server_close"], "its close turn")
+    eventually(lambda: whole_lines(process.folder / "closed") == ["last server_close True"], "its close turn")
+
+
+def test_a_client_may_take_its_time_for_its_close_when_the_host_has_died(broker: BrokerFactory) -> None:
+    """S14: its close turn needs a host, its Close does not."""
+    process = broker(APP, drain=DRAIN_SECONDS, close_timeout_seconds=60)
+    slow, last = process.connect("/party/room?_pk=slow"), process.connect("/party/room?_pk=last")
+    (process.folder / "deadly").touch()
+    os.kill(process.pid, signal.SIGTERM)
+    assert last.expect_close()[0] == slow.expect_close()[0] == 1012
+    last.send_close(1012)
+    last.close()
+
+    def waits() -> bool:
+        lines = process.log_events("stopping: the gateway waits")
+        return len(lines) > 1 and lines[-1].get("without_host", False)
+
+    eventually(waits, "a gateway that waits for long")
+    slow.send_close(1012)
+    assert slow.at_eof()
+    slow.close()
+    ends_by_itself(process)
+    process.start()
+    expected = ["last server_close True", "slow server_close True"]
+    eventually(lambda: sorted(whole_lines(process.folder / "closed")) == expected, "two close turns")
 
 
 def test_a_host_that_is_stopped_by_a_signal_does_not_hold_up_a_stop(broker: BrokerFactory) -> None:
