@@ -517,6 +517,7 @@ class Gateway:
                 elif hostless_since is None:
                     hostless_since = now
                 hostless = hostless_since is not None and now - hostless_since >= HOSTLESS_SECONDS
+        self.lifecycle.leave_endings()
 
     def _waits_for(self) -> dict[str, object]:
         """What is not over yet at the end, for the log."""

@@ -35,6 +35,11 @@ APP = """
 
     class Main(Server):
         async def on_message(self, message, sender):
+            while message == "wait":
+                FOLDER.joinpath(f"{self.room.id} waits").touch()
+                if FOLDER.joinpath("deadly").exists():
+                    os._exit(3)
+                await trio.sleep(0.01)
             await self.room.storage.put("last", message)
             sender.send("kept")
 
@@ -180,6 +185,32 @@ def test_a_client_may_take_its_time_for_its_close_when_the_host_has_died(broker:
     ends_by_itself(process)
     process.start()
     expected = ["last server_close True", "slow server_close True"]
+    eventually(lambda: sorted(whole_lines(process.folder / "closed")) == expected, "two close turns")
+
+
+def test_whose_turn_is_cut_off_by_a_stop_is_told_of_its_end_as_it_was(broker: BrokerFactory) -> None:
+    """S14: who was closed, and who has closed and waits for the answer. Their turns are not run again: their
+    messages go with the sockets.
+    """
+    process = broker(APP, drain=DRAIN_SECONDS, close_timeout_seconds=60)
+    names = ("ours", "theirs")
+    ours, theirs = [process.connect(f"/party/{name}?_pk={name}") for name in names]
+    for name, client in zip(names, (ours, theirs), strict=True):
+        client.send("wait")
+        eventually((process.folder / f"{name} waits").exists, "its turn")
+    theirs.send_close(4000)
+    eventually(lambda: process.stats()["connections"] == 1, "its Close")
+    os.kill(process.pid, signal.SIGTERM)
+    assert ours.expect_close()[0] == 1012
+    ours.send_close(1012)
+    (process.folder / "deadly").touch()
+    assert theirs.expect_close()[0] == 4000
+    ends_by_itself(process)
+    ours.close()
+    theirs.close()
+    (process.folder / "deadly").unlink()
+    process.start()
+    expected = ["ours server_close True", "theirs client_close True"]
     eventually(lambda: sorted(whole_lines(process.folder / "closed")) == expected, "two close turns")
 
 
