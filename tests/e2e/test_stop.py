@@ -58,6 +58,31 @@ APP = """
 """
 
 
+CRON_APP = """
+    from pathlib import Path
+
+    import trio
+
+    from broker import Server
+
+    FOLDER = Path(__file__).parent
+
+    class Main(Server):
+        crons = {"each": "* * * * *"}
+        turn_timeout = 600
+
+        @staticmethod
+        async def on_cron(cron):
+            if not FOLDER.joinpath("busy").exists():
+                return
+            FOLDER.joinpath("begun").touch()
+            try:
+                await trio.sleep_forever()
+            finally:
+                FOLDER.joinpath("cut short").touch()
+"""
+
+
 def rows_left(data: Path) -> int:
     """Rows in the outboxes of all shards."""
     count = 0
@@ -105,6 +130,32 @@ def test_a_host_does_not_wait_for_a_commit_that_ended_when_the_gateway_had_gone(
     eventually(lambda: not rows_left(process.data), "a tidy outbox")
     os.kill(host, signal.SIGTERM)
     eventually(lambda: has_ended(host), "the host's end")
+    process.start()
+
+
+def test_a_host_that_is_asked_a_second_time_cuts_a_cron_short_and_ends_in_order(
+    broker: BrokerFactory,
+) -> None:
+    """As its supervisor asks it, shortly before it would kill it."""
+    process = broker(CRON_APP, drain=DRAIN_SECONDS)
+    process.stop()
+    (process.folder / "busy").touch()
+    for shard in (process.data / "shards").glob("*.db"):  # as if it had been stopped two minutes ago
+        with contextlib.closing(sqlite3.connect(shard)) as database, database:
+            database.execute("UPDATE crons SET last_ms = last_ms - 120000")
+    process.start()
+    eventually((process.folder / "begun").exists, "the cron that was missed")
+    [host], gateway = process.host_pids(), process.gateway_pid()
+    process.kill_supervisor()
+    os.kill(gateway, signal.SIGTERM)
+    eventually(lambda: has_ended(gateway), "the gateway's end")
+    os.kill(host, signal.SIGTERM)
+    [line] = eventually(lambda: process.log_events("stopping: this host waits")[:1], "what it waits for")
+    assert line["crons"] is True
+    os.kill(host, signal.SIGTERM)
+    eventually(lambda: has_ended(host), "the host's end")
+    assert (process.folder / "cut short").exists()
+    (process.folder / "busy").unlink()
     process.start()
 
 
