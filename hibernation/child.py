@@ -51,19 +51,31 @@ class Running:
         """Send a signal, unless the process has ended."""
         raise NotImplementedError
 
-    async def stop(self, grace_seconds: float) -> None:
+    async def stop(self, grace_seconds: float, *, hurry_seconds: float = 0.0) -> None:
         """Ask it to stop, and kill it when it has not within `grace_seconds`; returns when it has exited.
+
+        `hurry_seconds` before it would be killed it is asked a second time, unless it has no more than that
+        in all; 0: it is not.
 
         Cancellation: the process has been asked, and may still run.
         """
         self.signal(signal.SIGTERM)
         self.signal(signal.SIGCONT)  # a process that is stopped obeys when it goes on
-        if not await self.ends_within(grace_seconds):
+        async with trio.open_nursery() as nursery:
+            if 0 < hurry_seconds < grace_seconds:
+                nursery.start_soon(self._ask_again, grace_seconds - hurry_seconds)
+            ended = await self.ends_within(grace_seconds)
+            nursery.cancel_scope.cancel()
+        if not ended:
             log.warning(
                 "killed: it did not stop in time", child=self.name, pid=self.pid, after_s=grace_seconds
             )
             self.signal(signal.SIGKILL)
             await self.exited.wait()
+
+    async def _ask_again(self, after_seconds: float) -> None:
+        await trio.sleep(after_seconds)
+        self.signal(signal.SIGTERM)
 
     async def ends_within(self, seconds: float) -> bool:
         """Whether it has exited after so long at most; from SAY_SECONDS on the log says that it is waited

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -226,12 +227,12 @@ class Children:
                     )
                     child.condemn(f"killed: it gave no sign of life for {silent_seconds:.1f} s")
 
-    async def stop(self, kind: str, grace_seconds: float) -> None:
+    async def stop(self, kind: str, grace_seconds: float, *, hurry_seconds: float = 0.0) -> None:
         """Stop all whose name begins with `kind`, at once, as `Running.stop` does."""
         async with trio.open_nursery() as nursery:
             for child in self._running:
                 if child.name.startswith(kind):
-                    nursery.start_soon(child.stop, grace_seconds)
+                    nursery.start_soon(partial(child.stop, grace_seconds, hurry_seconds=hurry_seconds))
 
     async def outlast(self, kind: str, grace_seconds: float) -> None:
         """Wait for the exit of those whose name begins with `kind`, and kill what is left after that."""

@@ -25,13 +25,14 @@ Invariants:
 """
 
 import gc
+import math
 import os
 import secrets
 import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
 from select import EPOLLIN, EPOLLOUT, epoll
 from typing import Any, Final
@@ -96,6 +97,10 @@ BEAT_SECONDS: Final = 1.0
 LAST_TURNS_SECONDS: Final = 3.0
 #: What the release of cancelled turns may take when the host ends.
 LAST_WORDS_SECONDS: Final = 5.0
+#: The same when it has been told a second time to end, after that; and all that it does then. What is left of
+#: `Timing.hurry_seconds` is for the databases to close.
+HURRIED_WORDS_SECONDS: Final = 1.0
+HURRIED_SECONDS: Final = 4.0
 #: A round makes thousands of short-lived lists that no cycle holds: look for cycles less often than by
 #: default.
 GC_THRESHOLDS: Final = (20_000, 20, 50)
@@ -188,6 +193,9 @@ class Host:
         )
         self._nursery: trio.Nursery
         self._retrying = False
+        #: When it was told a second time to end, by trio's clock, and what bounds its end from then on.
+        self._hurried_at = math.inf
+        self._retirement = trio.CancelScope()
         self._executed = trio.Event()
         self._pool = Pool(
             settings,
@@ -259,7 +267,13 @@ class Host:
         nursery.start_soon(self._crons.run)
 
     async def run(self) -> None:
-        """Serve until SIGTERM; then end the turns under way, release their effects, and return."""
+        """Serve until SIGTERM; then end the turns under way, release their effects, and return. A second one
+        says that there is no time left for turns and crons to end by themselves.
+        """
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            await self._run(signals)  # all of it: no signal ends the process while databases are being closed
+
+    async def _run(self, signals: AsyncIterator[int]) -> None:
         watchdog = Watchdog(
             lambda: self._pool.active, trio.lowlevel.current_trio_token(), self._blame.running.blocked
         )
@@ -269,10 +283,10 @@ class Host:
             async with trio.open_nursery() as nursery:
                 self.begin(nursery)
                 nursery.start_soon(self._beat)
-                with trio.open_signal_receiver(signal.SIGTERM) as signals:
-                    async for _ in signals:
-                        break
-                await self._retire()
+                await anext(signals)
+                nursery.start_soon(self._hurry, signals)
+                with self._retirement:
+                    await self._retire()
                 ended_well = True
                 nursery.cancel_scope.cancel()
             self._writer.close()
@@ -415,13 +429,21 @@ class Host:
             self._commits.completed()
             self._commits.end_round()
 
+    async def _hurry(self, signals: AsyncIterator[int]) -> None:
+        """Told a second time to end: give up what is waited for, while there is time to end in order."""
+        await anext(signals)
+        cut_short = {name: value for name, value in self._waits_for().items() if value}
+        log.warning("stopping: no time is left, what runs is cut short", **cut_short)
+        self._hurried_at = trio.current_time()
+        self._retirement.deadline = self._hurried_at + HURRIED_SECONDS
+
     async def _retire(self) -> None:
         """Let background work and crons end within `drain`, while rooms go on. Then start no more turns, let
         those under way end in what is left of it, and let their effects leave. What has not ended by then is
         cancelled with the process; turns are delivered again to the next one (S32).
 
         When the whole instance stops the gateway has gone before: then crons alone are waited for, which need
-        none.
+        none. It may have taken most of the time there is, which nobody but the supervisor knows: `_hurry`.
         """
         drain = self.config.settings.drain
         began = trio.current_time()
@@ -444,8 +466,9 @@ class Host:
 
     async def _until(self, done: Callable[[], bool], seconds: float, *, flush: bool = False) -> None:
         """Wait for that, but no longer than `seconds`; and no longer than ALONE_SECONDS without a gateway,
-        unless a cron runs.
+        unless a cron runs; and hardly any longer in a hurry.
         """
+        hurried_seconds = HURRIED_WORDS_SECONDS if flush else 0.0
         alone_since: float | None = None
         with trio.move_on_after(seconds):
             while not done():
@@ -453,6 +476,8 @@ class Host:
                     self._flush()
                 self._take_commits()
                 now = trio.current_time()
+                if now >= self._hurried_at + hurried_seconds:
+                    return
                 if self._socket is not None:
                     alone_since = None
                 elif alone_since is None:

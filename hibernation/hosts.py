@@ -253,7 +253,7 @@ class Hosts:
             async with trio.open_nursery() as nursery:
                 for host in found:
                     log.info("host of the former supervisor ends", host=host.name, pid=host.pid)
-                    nursery.start_soon(host.stop, self._timing.finish_seconds)
+                    nursery.start_soon(self._end, host)
             for place in self._places:
                 await self._let_go(place, fresh[place.index])
 
@@ -300,12 +300,16 @@ class Hosts:
             old = place.host
             assert old is not None
             if not fresh.exited.is_set():
-                await old.stop(self._timing.finish_seconds)
+                await self._end(old)
             if fresh.exited.is_set():  # where the old one has ended too, `keep` sees to the place
                 return f"the new host {place.index} ended before its turn: {fresh.error or fresh.outcome}"
             await self._let_go(place, fresh)
             log.info("host replaced", host=place.index, old=old.pid, new=fresh.pid)
         return None
+
+    async def _end(self, host: Running) -> None:
+        """Stop a host whose place another has."""
+        await host.stop(self._timing.finish_seconds, hurry_seconds=self._timing.hurry_seconds)
 
     @property
     def _swap_seconds(self) -> float:

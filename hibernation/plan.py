@@ -62,6 +62,8 @@ class Timing:
     alone_seconds: float = 15.0
     """At a stop: for hosts to end, and for a gateway to close its sockets, where what came before has taken
     all of `drain_seconds`."""
+    hurry_seconds: float = 5.0
+    """Before a host would be killed it is told so: what it then has to cut short, store and put in order."""
     keeper_seconds: float = 5.0
     """For a keeper to answer, and to exit when it is told to."""
     patience_seconds: float = 30.0

@@ -12,10 +12,12 @@ hosts have loaded nothing is changed, and if they do not, the others serve on.
 At the stop the gateway goes first, since the close turns of its sockets need the hosts; then the hosts; then
 the keeper, with which the last duplicates of sockets close. What is under way when the stop is asked for, the
 gateway and the hosts have `Timing.drain_seconds` together; who comes too late for that has `alone_seconds`,
-and is killed then. So a stop is bounded, whatever clients and rooms do; and whoever is waited for longer than
-a second is named in the log. Peers: `broker.gateway.__main__`, `broker.host`,
-`hibernation.keeper`; what is said between them is in `hibernation.configuration`. Orders come through
-`hibernation.control`.
+and is killed then. A host cannot know how much of that time others have taken: `hurry_seconds` before its own
+is over it gets a second SIGTERM, cuts short what it waits for, and ends in order. So a stop is bounded,
+whatever clients and rooms do; and whoever is waited for longer than a second is named in the log.
+
+Peers: `broker.gateway.__main__`, `broker.host`, `hibernation.keeper`; what is said between them is in
+`hibernation.configuration`. Orders come through `hibernation.control`.
 """
 
 import math
@@ -298,7 +300,8 @@ class Supervisor:
             # The gateway first: the close turns of its sockets still need the hosts.
             nursery.start_soon(children.stop, "gateway", self._left_of(timing.drain_seconds))
             nursery.start_soon(children.outlast, "leaving", self._left_of(timing.drain_seconds))
-        await children.stop("host", self._left_of(timing.finish_seconds))
+        seconds = self._left_of(timing.finish_seconds)
+        await children.stop("host", seconds, hurry_seconds=timing.hurry_seconds)
         await children.stop("keeper", timing.keeper_seconds)
 
     def _left_of(self, seconds: float) -> float:

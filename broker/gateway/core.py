@@ -517,6 +517,7 @@ class Gateway:
                 elif hostless_since is None:
                     hostless_since = now
                 hostless = hostless_since is not None and now - hostless_since >= HOSTLESS_SECONDS
+        self.lifecycle.leave_endings()
 
     def _waits_for(self) -> dict[str, object]:
         """What is not over yet at the end, for the log."""
@@ -657,15 +658,18 @@ class Gateway:
         return await self._close_all(seconds)
 
     def _beyond_help(self, hostless: bool) -> int:
-        """Connections of rooms that do not start, or, if `hostless`, have no host: their close turns come
-        when they do, after this end.
+        """Connections that only turns can take further, of rooms that do not start, or, if `hostless`, have
+        no host: their close turns come when they do, after this end. Who still owes us its Close, or has not
+        read ours, is none of them.
         """
         if not self.quarantine and not hostless:
             return 0
-        by_shard = self.links.by_shard
+        by_shard, needs_turn = self.links.by_shard, self.lifecycle.needs_turn
         return sum(
-            room is not None and (room.key in self.quarantine or (hostless and by_shard[room.shard] is None))
-            for room in self.connections.room
+            room is not None
+            and (room.key in self.quarantine or (hostless and by_shard[room.shard] is None))
+            and needs_turn(slot)
+            for slot, room in enumerate(self.connections.room)
         )
 
     # --- What the HTTP side asks ------------------------------------------------------------------

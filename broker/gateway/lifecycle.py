@@ -1073,6 +1073,30 @@ class Lifecycle:
         phases = self._connections.phase
         return sum(phases.count(phase) for phase in (CONNECTING, OPEN, ENDING, CLOSING, CLOSED))
 
+    def leave_endings(self) -> None:
+        """This gateway ends, and with it the sockets: clients that wait for an answer to their Close get it,
+        and how connections end whose turns have not all ended is kept for their close turns.
+        """
+        table = self._connections
+        for slot, ending in list(self._endings.items()):
+            if table.phase[slot] == CLOSED:
+                continue  # its row says it
+            if not ending.answered:
+                self._answer(slot, ending)
+            self.batch.closing(table.number[slot], ending.code, ending.reason, ending.clean, ending.cause)
+
+    def needs_turn(self, slot: int) -> bool:
+        """Whether this is one of those, and neither its client nor a deadline brings it further, but only the
+        end of a turn.
+        """
+        phase = self._connections.phase[slot]
+        if phase != ENDING:
+            return phase in (CONNECTING, OPEN, CLOSED)
+        ending = self._endings[slot]
+        if ending.cause in UNREACHABLE:
+            return True
+        return ending.answered and not self._sender.waiting_bytes(slot)
+
 
 def plain(sock: socket.socket) -> socket.socket:
     """The socket of a connection that is to be parked, as the type beneath the library's: it can all that is

@@ -35,6 +35,11 @@ APP = """
 
     class Main(Server):
         async def on_message(self, message, sender):
+            while message == "wait":
+                FOLDER.joinpath(f"{self.room.id} waits").touch()
+                if FOLDER.joinpath("deadly").exists():
+                    os._exit(3)
+                await trio.sleep(0.01)
             await self.room.storage.put("last", message)
             sender.send("kept")
 
@@ -44,12 +49,37 @@ APP = """
                 await trio.sleep(0.01)
             return "done"
 
-        def on_close(self, connection):
+        def on_close(self, connection, code, reason, was_clean):
             if FOLDER.joinpath("deadly").exists():
                 FOLDER.joinpath("deadly").unlink()
                 os._exit(3)
             with FOLDER.joinpath("closed").open("a") as file:
-                file.write(f"{connection.id} {connection.close_cause}\\n")
+                file.write(f"{connection.id} {connection.close_cause} {was_clean}\\n")
+"""
+
+
+CRON_APP = """
+    from pathlib import Path
+
+    import trio
+
+    from broker import Server
+
+    FOLDER = Path(__file__).parent
+
+    class Main(Server):
+        crons = {"each": "* * * * *"}
+        turn_timeout = 600
+
+        @staticmethod
+        async def on_cron(cron):
+            if not FOLDER.joinpath("busy").exists():
+                return
+            FOLDER.joinpath("begun").touch()
+            try:
+                await trio.sleep_forever()
+            finally:
+                FOLDER.joinpath("cut short").touch()
 """
 
 
@@ -100,6 +130,32 @@ def test_a_host_does_not_wait_for_a_commit_that_ended_when_the_gateway_had_gone(
     eventually(lambda: not rows_left(process.data), "a tidy outbox")
     os.kill(host, signal.SIGTERM)
     eventually(lambda: has_ended(host), "the host's end")
+    process.start()
+
+
+def test_a_host_that_is_asked_a_second_time_cuts_a_cron_short_and_ends_in_order(
+    broker: BrokerFactory,
+) -> None:
+    """As its supervisor asks it, shortly before it would kill it."""
+    process = broker(CRON_APP, drain=DRAIN_SECONDS)
+    process.stop()
+    (process.folder / "busy").touch()
+    for shard in (process.data / "shards").glob("*.db"):  # as if it had been stopped two minutes ago
+        with contextlib.closing(sqlite3.connect(shard)) as database, database:
+            database.execute("UPDATE crons SET last_ms = last_ms - 120000")
+    process.start()
+    eventually((process.folder / "begun").exists, "the cron that was missed")
+    [host], gateway = process.host_pids(), process.gateway_pid()
+    process.kill_supervisor()
+    os.kill(gateway, signal.SIGTERM)
+    eventually(lambda: has_ended(gateway), "the gateway's end")
+    os.kill(host, signal.SIGTERM)
+    [line] = eventually(lambda: process.log_events("stopping: this host waits")[:1], "what it waits for")
+    assert line["crons"] is True
+    os.kill(host, signal.SIGTERM)
+    eventually(lambda: has_ended(host), "the host's end")
+    assert (process.folder / "cut short").exists()
+    (process.folder / "busy").unlink()
     process.start()
 
 
@@ -156,7 +212,57 @@ def test_close_turns_are_not_waited_for_when_their_host_has_died(broker: BrokerF
     [line] = process.log_events("stopping: the gateway waits")[:1]
     assert line["without_host"] is True
     process.start()
-    eventually(lambda: whole_lines(process.folder / "closed") == ["last server_close"], "its close turn")
+    eventually(lambda: whole_lines(process.folder / "closed") == ["last server_close True"], "its close turn")
+
+
+def test_a_client_may_take_its_time_for_its_close_when_the_host_has_died(broker: BrokerFactory) -> None:
+    """S14: its close turn needs a host, its Close does not."""
+    process = broker(APP, drain=DRAIN_SECONDS, close_timeout_seconds=60)
+    slow, last = process.connect("/party/room?_pk=slow"), process.connect("/party/room?_pk=last")
+    (process.folder / "deadly").touch()
+    os.kill(process.pid, signal.SIGTERM)
+    assert last.expect_close()[0] == slow.expect_close()[0] == 1012
+    last.send_close(1012)
+    last.close()
+
+    def waits() -> bool:
+        lines = process.log_events("stopping: the gateway waits")
+        return len(lines) > 1 and lines[-1].get("without_host", False)
+
+    eventually(waits, "a gateway that waits for long")
+    slow.send_close(1012)
+    assert slow.at_eof()
+    slow.close()
+    ends_by_itself(process)
+    process.start()
+    expected = ["last server_close True", "slow server_close True"]
+    eventually(lambda: sorted(whole_lines(process.folder / "closed")) == expected, "two close turns")
+
+
+def test_whose_turn_is_cut_off_by_a_stop_is_told_of_its_end_as_it_was(broker: BrokerFactory) -> None:
+    """S14: who was closed, and who has closed and waits for the answer. Their turns are not run again: their
+    messages go with the sockets.
+    """
+    process = broker(APP, drain=DRAIN_SECONDS, close_timeout_seconds=60)
+    names = ("ours", "theirs")
+    ours, theirs = [process.connect(f"/party/{name}?_pk={name}") for name in names]
+    for name, client in zip(names, (ours, theirs), strict=True):
+        client.send("wait")
+        eventually((process.folder / f"{name} waits").exists, "its turn")
+    theirs.send_close(4000)
+    eventually(lambda: process.stats()["connections"] == 1, "its Close")
+    os.kill(process.pid, signal.SIGTERM)
+    assert ours.expect_close()[0] == 1012
+    ours.send_close(1012)
+    (process.folder / "deadly").touch()
+    assert theirs.expect_close()[0] == 4000
+    ends_by_itself(process)
+    ours.close()
+    theirs.close()
+    (process.folder / "deadly").unlink()
+    process.start()
+    expected = ["ours server_close True", "theirs client_close True"]
+    eventually(lambda: sorted(whole_lines(process.folder / "closed")) == expected, "two close turns")
 
 
 def test_a_host_that_is_stopped_by_a_signal_does_not_hold_up_a_stop(broker: BrokerFactory) -> None:

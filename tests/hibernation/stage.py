@@ -74,9 +74,13 @@ status = os.fdopen(config["status_fd"], "w", buffering=1)
     "session": os.getsid(0) == os.getpid(), "path": sys.path[:1],
 }))
 
+asked = 0
+
 def stop(*_):
+    global asked
     note("term")
-    if "stubborn" not in behaviour:
+    asked += 1
+    if "stubborn" not in behaviour and not ("slow-to-stop" in behaviour and asked == 1):
         os._exit(0)
 
 signal.signal(signal.SIGTERM, stop)

@@ -225,6 +225,21 @@ def test_gateway_and_hosts_share_the_time_that_a_stop_may_take(stage):
     assert asked == ["gateway term", "host term", "keeper term"]
 
 
+def test_a_host_is_told_that_its_time_is_nearly_over(stage, capsys):
+    """FAULTS 71: it cannot know how much of the time the gateway has taken."""
+    stage.does("host", "slow-to-stop")
+
+    async def script():
+        await until(stage.is_up)
+
+    timing = replace(QUICK, drain_seconds=600, finish_seconds=40, hurry_seconds=39)
+    running(stage.supervisor(timing=timing), script)
+    asked = [line for line in stage.journal if line.endswith("term")]
+    assert asked == ["gateway term", "host term", "host term", "keeper term"]
+    said = capsys.readouterr()
+    assert "killed" not in said.out + said.err
+
+
 def test_the_log_names_whom_a_stop_waits_for(stage, capsys):
     stage.does("host", "stubborn")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import broker.gateway.lifecycle
-from broker.gateway.connections import ADMITTING, STORING, Connections
+from broker.gateway.connections import ADMITTING, CLOSED, CLOSING, CONNECTING, OPEN, STORING, Connections
 from broker.gateway.lifecycle import Lifecycle
 from broker.gateway.rooms import RoomRecord, Rooms
 from hibernation.settings import Settings
@@ -52,6 +52,29 @@ def test_what_epoll_says_of_a_descriptors_former_owner_is_not_the_new_ones(phase
     table.phase[slot] = phase
     lifecycle(table).ready(slot, events)
     assert (table.phase[slot], table.flags[slot], table.seen[slot]) == (phase, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("phase", "counted", "needs_turn"),
+    [
+        (ADMITTING, 0, False),
+        (STORING, 0, False),
+        (CONNECTING, 1, True),
+        (OPEN, 1, True),
+        (CLOSING, 1, False),
+        (CLOSED, 1, True),
+    ],
+)
+def test_only_those_who_are_counted_at_the_end_can_be_given_up(
+    phase: int, counted: int, needs_turn: bool
+) -> None:
+    """Else the end would come while turns of others are under way."""
+    table = Connections()
+    room = RoomRecord("main/r", SimpleNamespace(settings=Settings(), answers=None), 0)  # type: ignore[arg-type]
+    slot = table.allocate(1, None, room, b"id\xfeuri\xfe", 0)
+    table.phase[slot] = phase
+    life = lifecycle(table)
+    assert (life.closing_count, life.needs_turn(slot)) == (counted, needs_turn)
 
 
 @pytest.fixture
