@@ -17,10 +17,22 @@ from typing import Any, Self
 
 from hibernation.settings import Settings
 
-__all__ = ["GO_LINE", "GatewayConfig", "HostConfig", "KeeperConfig", "encode_report", "report"]
+__all__ = [
+    "GO_FROM_REST_LINE",
+    "GO_LINE",
+    "GatewayConfig",
+    "HostConfig",
+    "KeeperConfig",
+    "encode_report",
+    "report",
+]
 
 GO_LINE = b"go\n"
 """What a loaded host, or a loaded successor of a gateway, waits for on its standard input."""
+
+GO_FROM_REST_LINE = b"go, all is kept\n"
+"""The same to a gateway's successor while the one before it is at rest, and can go on: what the keeper holds
+is complete, or the keeper has died meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from time import monotonic
 import trio
 
 from hibernation.child import Child, Running
-from hibernation.configuration import GO_LINE
+from hibernation.configuration import GO_FROM_REST_LINE, GO_LINE
 from hibernation.gateway_line import Line, LineError
 from hibernation.logs import get_logger
 from hibernation.plan import KILL_SECONDS, Timing
@@ -67,6 +67,7 @@ class Handover:
         self._hurry = hurry
         self._line: Line | None = None
         self._asked = False
+        self._rests = False
 
     async def run(self) -> float:
         """Replace the old gateway; gives the seconds for which no socket was read.
@@ -117,6 +118,7 @@ class Handover:
             answer = await self._line.ask(
                 "freeze", patience + timing.freeze_seconds, patience_seconds=patience
             )
+            self._rests = True
             return float(answer.get("paused_at", monotonic()))
         except LineError as error:
             failure = error
@@ -133,7 +135,7 @@ class Handover:
         log.info("gateway takes over", pid=successor.pid)
         ready = None
         with trio.move_on_after(seconds):
-            await successor.say(GO_LINE, last=True)
+            await successor.say(GO_FROM_REST_LINE if self._rests else GO_LINE, last=True)
             ready = await successor.said("ready")
         if ready is None:
             raise HandoverError(f"the new gateway was not ready within {seconds:g} s")

@@ -13,7 +13,7 @@ import sys
 import outcome
 import trio
 
-from hibernation.configuration import GO_LINE, GatewayConfig, report
+from hibernation.configuration import GO_FROM_REST_LINE, GO_LINE, GatewayConfig, report
 from hibernation.logs import configure, get_logger, protect_standard_streams
 from storage.database import database_version
 from storage.errors import SchemaTooNew
@@ -43,20 +43,20 @@ def main() -> None:
 def _serve(config: GatewayConfig) -> None:
     from broker.gateway.core import serve
 
-    if config.handover and not _wait_for_go(config):
-        return
-    trio.run(serve, config)
+    line = _wait_for_go(config) if config.handover else GO_LINE
+    if line in (GO_LINE, GO_FROM_REST_LINE):
+        trio.run(serve, config, line == GO_FROM_REST_LINE)
 
 
-def _wait_for_go(config: GatewayConfig) -> bool:
-    """Wait to be told to take over. False: the supervisor has died, or has no need of us."""
+def _wait_for_go(config: GatewayConfig) -> bytes:
+    """Wait to be told to take over. Another line, or none: the supervisor has died, or has no need of us."""
     path = registry_path(config.data)
     # Only the first page's header is read, by a process that has no connection to the file.
     version = database_version(path)
     if version is not None and version > REGISTRY.version:
         raise SchemaTooNew(version, REGISTRY.version, path)
     report(config.status_fd, "waiting")
-    return sys.stdin.buffer.readline() == GO_LINE
+    return sys.stdin.buffer.readline()
 
 
 if __name__ == "__main__":

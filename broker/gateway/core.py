@@ -149,7 +149,10 @@ USUAL = Surroundings()
 class Gateway:
     """See the module. `serve` runs one. It is also what the HTTP side asks (`http.GatewayPort`)."""
 
-    def __init__(self, config: GatewayConfig, surroundings: Surroundings = USUAL) -> None:
+    def __init__(
+        self, config: GatewayConfig, surroundings: Surroundings = USUAL, *, from_rest: bool = False
+    ) -> None:
+        """`from_rest`: the gateway before this one is at rest, and goes on if this one raises."""
         settings = config.settings
         self.config = config
         self.dev = config.dev
@@ -157,6 +160,8 @@ class Gateway:
         self.registry = Registry(config.data, durability=settings.durability)
         rows = list(self.registry.surviving())
         keeper, kept = surroundings.take_from_keeper(config.data)
+        if from_rest and not set(NAMES) <= set(kept.named):
+            raise KeeperGone("the keeper has died since the gateway before this one came to rest")
         if set(NAMES) <= set(kept.named):
             ledger = Ledger({name: kept.named[name] for name in NAMES})
         else:
@@ -705,14 +710,14 @@ class Gateway:
         return await self._admin.http(method, path, query)
 
 
-async def serve(config: GatewayConfig) -> None:
-    """Run a gateway until it is told to stop."""
+async def serve(config: GatewayConfig, from_rest: bool = False) -> None:
+    """Run a gateway until it is told to stop; `from_rest` as of `Gateway`."""
     os.umask(0o077)
     sys.setswitchinterval(0.001)
     gc.set_threshold(*GC_THRESHOLDS)
     gc.freeze()  # what is loaded by now stays: no collection has to walk through it
     gc.disable()  # what is taken over stays, too
-    gateway = Gateway(config)
+    gateway = Gateway(config, from_rest=from_rest)
     gc.enable()
     gc.freeze()
     await gateway.run()

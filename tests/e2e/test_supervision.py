@@ -279,6 +279,34 @@ class Main(Server):
 """
 
 
+def test_a_keeper_that_dies_in_an_upgrade_costs_the_upgrade_and_no_socket(broker: BrokerFactory) -> None:
+    """S33: the old gateway is at rest and holds all sockets, the next keeper holds none."""
+    process = broker(APP)
+    old, keeper = process.gateway_pid(), process.keeper_pid()
+    with Talker(process.connect()) as talker, ThreadPoolExecutor() as pool:
+        os.kill(old, signal.SIGSTOP)
+        upgrade = pool.submit(process.command, "upgrade")
+        try:
+            eventually(lambda: process.log_events("gateway freezes"), "a successor that waits")
+            [successor] = process._listed("successor")
+            os.kill(successor, signal.SIGSTOP)
+        finally:
+            os.kill(old, signal.SIGCONT)
+        eventually(lambda: process.log_events("gateway takes over"), "the order to go")
+        os.kill(keeper, signal.SIGKILL)
+        eventually(lambda: is_replaced(process, keeper) and holds_the_listener(process), "another keeper")
+        os.kill(successor, signal.SIGCONT)
+        status, text = upgrade.result(60)
+        assert status == 1 and "the keeper has died" in text and "the old one goes on" in text
+        talker.goes_on()
+        # It has filled the next keeper: now an upgrade can be done.
+        eventually(lambda: len(process.log_events("a new keeper holds the sockets")) == 1, "the sockets kept")
+        assert process.command("upgrade")[0] == 0
+        talker.goes_on()
+    assert process.gateway_pid() not in (old, successor)
+    assert process.stats()["closes"].get("gateway_lost", 0) == 0
+
+
 def test_an_upgrade_lets_requests_end_that_have_begun(broker: BrokerFactory) -> None:
     """S33: while they are waited for, everything goes on as before."""
     process = broker(SLOW)
