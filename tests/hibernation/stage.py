@@ -105,7 +105,7 @@ if place == "host":
 elif kind == "spare":
     print(json.dumps({"event": "waiting"}), file=status)
 if kind != "gateway":
-    if sys.stdin.readline() != "go\\n":
+    if sys.stdin.readline() not in ("go\\n", "go, all is kept\\n"):
         sys.exit(0)
     note("go")
 if "die-after-go" in behaviour:
