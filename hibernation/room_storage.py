@@ -229,10 +229,7 @@ class Storage(AlarmMethods):
         database = None if inner is None else inner.database
         if inner is None or database is None:
             database = await room._host.own_database(room.key, turn)
-            if turn.room is not room:  # it was given up meanwhile
-                database.undo()
-                raise RoomGone(room.key)
-            inner = _enter(turn, database)
+            inner = _enter(turn, room, database)
         _drop_tables(turn, inner)
         settings = room._settings
         rows = database.execute(
@@ -378,15 +375,15 @@ async def settle(turn: Turn) -> None:
         database = await room._host.database_to_clear(room.key, turn)
         if database is None:
             return
-        if turn.room is not room:  # it was given up meanwhile
-            database.undo()
-            raise RoomGone(room.key)
-        inner = _enter(turn, database)
+        inner = _enter(turn, room, database)
     _drop_tables(turn, inner)
 
 
-def _enter(turn: Turn, database: "RoomDatabase") -> Inner:
-    """The turn has the room's database from now on."""
+def _enter(turn: Turn, room: "Room", database: "RoomDatabase") -> Inner:
+    """The turn has the room's database from now on. RoomGone: it was given up while it waited for that."""
+    if turn.room is not room:
+        database.undo()
+        raise RoomGone(room.key)
     inner = turn.inner  # another one, if another task of the turn has flushed meanwhile
     if inner is None:
         inner = turn.inner = Inner()
