@@ -235,15 +235,14 @@ class Admin:
             record = gateway.rooms.by_key.get(key)
             party_name, _, room_id = key.partition("/")
             facts = known.get(key, {})
+            shard = wire.partition_of(key) % gateway.links.shard_count
             rows.append(
                 {
                     "party": party_name,
                     "room": room_id,
                     "connections": record.count if record is not None else 0,
                     "in_flight": record.inflight_events if record is not None else 0,
-                    "awake": None
-                    if wire.partition_of(key) % gateway.links.shard_count in unknown
-                    else facts.get("awake", False),
+                    "awake": facts.get("awake", None if shard in unknown else False),
                     "wakes": facts.get("wakes", 0),
                     "woke_seconds_ago": facts.get("woke_seconds_ago"),
                 }
